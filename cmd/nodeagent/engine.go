@@ -1,0 +1,149 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/hearth-sh/hearth/internal/engine"
+	"github.com/hearth-sh/hearth/internal/engine/worker"
+	"github.com/hearth-sh/hearth/internal/paths"
+	"github.com/hearth-sh/hearth/internal/sandbox"
+)
+
+// lifelineFlag tells a child at which descriptor it finds the pipe that ends
+// it together with its parent.
+func lifelineFlag() *cli.IntFlag {
+	return &cli.IntFlag{
+		Name:   "lifeline-fd",
+		Usage:  "inherited descriptor of a pipe; this process ends when its other end closes (0: none)",
+		Hidden: true,
+	}
+}
+
+// holdLifeline obeys lifelineFlag.
+func holdLifeline(c *cli.Context) error {
+	if fd := c.Int("lifeline-fd"); fd > 0 {
+		if err := sandbox.Lifeline(uintptr(fd)); err != nil {
+			return fmt.Errorf("hold the lifeline: %w", err)
+		}
+	}
+	return nil
+}
+
+func engineCommand() *cli.Command {
+	dataDir := paths.DataDir()
+	return &cli.Command{
+		Name:     "engine",
+		Category: "services",
+		Usage:    "run the function engine: the HTTP gateway and the workers behind it",
+		Description: "Started by `nodeagent dev`. The engine serves what the agent tells it to over --control-socket; " +
+			"after a restart the agent tells it everything again.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "listen", Usage: "`ADDRESS` on which functions (and the API, with --api-socket) are served", Value: "127.0.0.1:8080", EnvVars: []string{"HEARTH_LISTEN"}},
+			&cli.IntFlag{Name: "listen-fd", Usage: "inherited descriptor of a listener, instead of --listen", Hidden: true},
+			&cli.StringFlag{Name: "control-socket", Usage: "unix socket on which the agent feeds the engine", Value: paths.EngineSocket(dataDir)},
+			&cli.StringFlag{Name: "api-socket", Usage: "unix socket of the submit API, to which /v1, /v2 and the like are passed on; empty for none"},
+			&cli.StringFlag{Name: "base-domain", Usage: "`DOMAIN` below which each function has a host of its own", Value: "localhost", EnvVars: []string{"HEARTH_BASE_DOMAIN"}},
+			&cli.StringFlag{Name: "store-dir", Usage: "the store of compiled functions (read only)", Value: filepath.Join(dataDir, "store")},
+			&cli.StringFlag{Name: "log-dir", Usage: "where functions' logs are kept", Value: filepath.Join(dataDir, "logs")},
+			isolationFlag(),
+			workerMemoryFlag(),
+			logLevelFlag("info"),
+			lifelineFlag(),
+		},
+		Action: func(c *cli.Context) error {
+			logger, err := loggerFrom(c)
+			if err != nil {
+				return err
+			}
+			if err := holdLifeline(c); err != nil {
+				return err
+			}
+			listener, err := listenerFrom(c)
+			if err != nil {
+				return err
+			}
+			return engine.Run(c.Context, engine.Options{
+				Listener:          listener,
+				ControlSocket:     c.String("control-socket"),
+				APISocket:         c.String("api-socket"),
+				BaseDomain:        c.String("base-domain"),
+				LogDir:            c.String("log-dir"),
+				Isolation:         engine.Isolation(c.String("isolation")),
+				WorkerCommand:     []string{sandbox.Executable(), "worker"},
+				WorkerMemoryBytes: uint64(c.Int64("worker-memory")) << 20,
+				StoreDir:          filepath.Join(c.String("store-dir"), "objects"),
+				Logger:            logger,
+			})
+		},
+	}
+}
+
+// listenerFrom opens or inherits the public listener.
+func listenerFrom(c *cli.Context) (net.Listener, error) {
+	if fd := c.Int("listen-fd"); fd > 0 {
+		file := os.NewFile(uintptr(fd), "listener")
+		defer file.Close()
+		listener, err := net.FileListener(file)
+		if err != nil {
+			return nil, fmt.Errorf("use inherited listener: %w", err)
+		}
+		return listener, nil
+	}
+	listener, err := (&net.ListenConfig{}).Listen(c.Context, "tcp", c.String("listen"))
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w; stop what uses it or choose another --listen", c.String("listen"), err)
+	}
+	return listener, nil
+}
+
+func isolationFlag() *cli.StringFlag {
+	return &cli.StringFlag{
+		Name:    "isolation",
+		Usage:   "which functions share a worker process: tenant (those of one tenant), function (none), shared (all)",
+		Value:   string(engine.IsolationTenant),
+		EnvVars: []string{"HEARTH_ISOLATION"},
+		Action: func(_ *cli.Context, value string) error {
+			switch engine.Isolation(value) {
+			case engine.IsolationTenant, engine.IsolationFunction, engine.IsolationShared:
+				return nil
+			}
+			return cli.Exit(fmt.Sprintf("--isolation %q is not one of tenant, function, shared", value), exitUsage)
+		},
+	}
+}
+
+func workerMemoryFlag() *cli.Int64Flag {
+	return &cli.Int64Flag{
+		Name:    "worker-memory",
+		Usage:   "`MIB` of memory one worker process may use before it is replaced (0: half of the machine's)",
+		EnvVars: []string{"HEARTH_WORKER_MEMORY"},
+		Action: func(_ *cli.Context, value int64) error {
+			if value < 0 {
+				return cli.Exit("--worker-memory cannot be negative", exitUsage)
+			}
+			return nil
+		},
+	}
+}
+
+func workerCommand() *cli.Command {
+	return &cli.Command{
+		Name:   "worker",
+		Usage:  "run guests of one tenant (started by the engine, not by people)",
+		Hidden: true,
+		Action: func(c *cli.Context) error { return exitWith(worker.Main(c.Context)) },
+	}
+}
+
+// exitWith turns a child's exit code into what run expects.
+func exitWith(code int) error {
+	if code == 0 {
+		return nil
+	}
+	return cli.Exit("", code)
+}

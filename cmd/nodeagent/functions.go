@@ -1,0 +1,267 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/client"
+)
+
+func functionsCommand() *cli.Command {
+	return &cli.Command{
+		Name:        "functions",
+		Aliases:     []string{"fn"},
+		Usage:       "list, change, roll back and delete functions",
+		Description: "Everything a submitted function is: its URL, revisions and settings. Values of secrets are never shown.",
+		Subcommands: []*cli.Command{
+			{
+				Name: "list", Aliases: []string{"ls"}, Usage: "list the functions",
+				Flags:  []cli.Flag{tenantFlag("list only functions of this `TENANT`"), urlFlag(), outputFlag()},
+				Action: action(functionsList),
+			},
+			{
+				Name: "get", Usage: "show one function", ArgsUsage: "NAME",
+				Flags:        []cli.Flag{urlFlag(), outputFlag()},
+				Action:       action(functionsGet),
+				BashComplete: completeFunctions,
+			},
+			{
+				Name: "revisions", Usage: "list a function's revisions, newest first", ArgsUsage: "NAME",
+				Flags:        []cli.Flag{urlFlag(), outputFlag()},
+				Action:       action(functionsRevisions),
+				BashComplete: completeFunctions,
+			},
+			{
+				Name: "rollback", Usage: "go back to an older revision", ArgsUsage: "NAME",
+				Description: "Without --to it is the revision that answered before the present one. It is still compiled, so this takes a moment only.",
+				Flags: []cli.Flag{
+					&cli.IntFlag{Name: "to", Usage: "number of the `REVISION` to go back to", DefaultText: "the one that answered before"},
+					waitFlag(), urlFlag(), outputFlag(),
+				},
+				Action:       action(functionsRollback),
+				BashComplete: completeFunctions,
+			},
+			{
+				Name: "delete", Aliases: []string{"rm"}, Usage: "delete a function with all its revisions", ArgsUsage: "NAME",
+				Flags:        []cli.Flag{urlFlag()},
+				Action:       action(functionsDelete),
+				BashComplete: completeFunctions,
+			},
+			{
+				Name: "set", Usage: "change settings: a new revision of the same module", ArgsUsage: "NAME",
+				Description: "Settings that are not named stay as they are.\n\n" +
+					"Examples:\n" +
+					"   nodeagent functions set hello --memory 64MiB --timeout 5s\n" +
+					"   nodeagent functions set hello --env GREETING=hi --unset-env OLD --secret API_KEY",
+				Flags: append(settingsFlags(),
+					&cli.GenericFlag{Name: "unset-env", Value: &repeated{}, Usage: "remove the environment variable `NAME`; repeatable"},
+					&cli.GenericFlag{Name: "unset-secret", Value: &repeated{}, Usage: "remove the secret `NAME`; repeatable"},
+					waitFlag(), urlFlag(), outputFlag()),
+				Action:       action(functionsSet),
+				BashComplete: completeFunctions,
+			},
+		},
+	}
+}
+
+// withFunction runs f with a client and the function named by the argument.
+func withFunction(c *cli.Context, f func(cl *client.Client, name string, asJSON bool) error) error {
+	name, err := functionArgument(c)
+	if err != nil {
+		return err
+	}
+	return withClient(c, func(cl *client.Client, asJSON bool) error { return f(cl, name, asJSON) })
+}
+
+func withClient(c *cli.Context, f func(cl *client.Client, asJSON bool) error) error {
+	asJSON := false
+	if c.String("output") != "" {
+		var err error
+		if asJSON, err = wantsJSON(c); err != nil {
+			return err
+		}
+	}
+	cl, err := newClient(c, newProgress(c.App.ErrWriter, asJSON))
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	return f(cl, asJSON)
+}
+
+func functionsList(c *cli.Context) error {
+	if err := noArguments(c); err != nil {
+		return err
+	}
+	return withClient(c, func(cl *client.Client, asJSON bool) error {
+		list, err := cl.List(c.Context, c.String("tenant"))
+		if err != nil {
+			return err
+		}
+		if asJSON {
+			return printJSON(c.App.Writer, list)
+		}
+		if len(list.Items) == 0 {
+			fprintf(c.App.Writer, "There are no functions yet. Submit one: nodeagent submit FILE|DIR\n")
+			return nil
+		}
+		t, now := terminalOf(c.App.Writer), nowOf(c)
+		table := newTable(c.App.Writer)
+		fprintf(table, "NAME\t%s\tREVISION\tTENANT\tCHANGED\tURL\n", t.paint(plain, "STATE"))
+		for _, f := range list.Items {
+			fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", printable(f.Name), t.paint(stateColour(string(f.State)), printable(string(f.State))),
+				revisionText(f), printable(f.Tenant), age(now, f.UpdatedAt), printable(f.URL))
+		}
+		return table.Flush()
+	})
+}
+
+// revisionText is the newest revision, and the one that answers when that is another.
+func revisionText(f v1alpha1.Function) string {
+	switch {
+	case f.ActiveRevision == f.Revision:
+		return strconv.Itoa(f.Revision)
+	case f.ActiveRevision == 0:
+		return fmt.Sprintf("%d (none answers)", f.Revision)
+	}
+	return fmt.Sprintf("%d (%d answers)", f.Revision, f.ActiveRevision)
+}
+
+func functionsGet(c *cli.Context) error {
+	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+		f, _, err := cl.Get(c.Context, name)
+		if err != nil {
+			return err
+		}
+		if asJSON {
+			return printJSON(c.App.Writer, f)
+		}
+		printFunction(c.App.Writer, f, age(nowOf(c), f.UpdatedAt))
+		return nil
+	})
+}
+
+func printFunction(w io.Writer, f v1alpha1.Function, changed string) {
+	t := terminalOf(w)
+	table := newTable(w)
+	row := func(name, value string) { fprintf(table, "%s\t%s\n", name, value) }
+	row("name", printable(f.Name))
+	row("state", t.paint(stateColour(string(f.State)), printable(string(f.State))))
+	if f.Error != nil {
+		row("error", printable(f.Error.Code+": "+f.Error.Detail))
+	}
+	row("url", printable(f.URL))
+	row("", printable(f.PathURL))
+	row("revision", revisionText(f))
+	row("tenant", printable(f.Tenant))
+	row("digest", printable(f.Digest))
+	row("image", printable(f.Image))
+	row("limits", limitsLine(f.Settings))
+	for i, name := range slices.Sorted(maps.Keys(f.Settings.Env)) {
+		row(firstOnly(i, "env"), printable(name+"="+f.Settings.Env[name]))
+	}
+	if len(f.Settings.SecretNames) > 0 {
+		row("secrets", printable(strings.Join(f.Settings.SecretNames, ", ")))
+	}
+	row("changed", changed+" ago")
+	if len(f.Phases) > 0 {
+		row("time", phaseLine(f.Phases))
+	}
+	_ = table.Flush()
+}
+
+func firstOnly(i int, s string) string {
+	if i == 0 {
+		return s
+	}
+	return ""
+}
+
+func functionsRevisions(c *cli.Context) error {
+	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+		list, err := cl.Revisions(c.Context, name)
+		if err != nil {
+			return err
+		}
+		if asJSON {
+			return printJSON(c.App.Writer, list)
+		}
+		t, now := terminalOf(c.App.Writer), nowOf(c)
+		table := newTable(c.App.Writer)
+		fprintf(table, "REVISION\t%s\tANSWERS\tSIZE\tDIGEST\tMADE\tERROR\n", t.paint(plain, "STATE"))
+		for _, r := range list.Items {
+			answers, problem := "", ""
+			if r.Active {
+				answers = "yes"
+			}
+			if r.Error != nil {
+				problem = printable(r.Error.Code)
+			}
+			fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s ago\t%s\n", r.Revision, t.paint(stateColour(string(r.State)), printable(string(r.State))),
+				answers, humanBytes(r.SizeBytes), shortDigest(r.Digest), age(now, r.CreatedAt), problem)
+		}
+		return table.Flush()
+	})
+}
+
+func functionsRollback(c *cli.Context) error {
+	to := c.Int("to")
+	if to < 0 || c.IsSet("to") && to == 0 {
+		return usageError("--to %d is no revision: they begin with 1", to)
+	}
+	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+		f, err := cl.Rollback(c.Context, name, to, client.Change{Wait: c.Duration("wait")})
+		if err != nil {
+			return err
+		}
+		return finishChange(c, cl, f, asJSON)
+	})
+}
+
+func functionsSet(c *cli.Context) error {
+	settings, err := settingsFrom(c)
+	if err != nil {
+		return err
+	}
+	if settings.Empty() {
+		return usageError("nothing to change: give --memory, --timeout, --concurrency, --env, --secret, --unset-env or --unset-secret")
+	}
+	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+		f, err := cl.Patch(c.Context, name, client.Change{Settings: settings, Wait: c.Duration("wait")})
+		if err != nil {
+			return err
+		}
+		return finishChange(c, cl, f, asJSON)
+	})
+}
+
+// finishChange waits when the server's own wait was shorter, and reports.
+func finishChange(c *cli.Context, cl *client.Client, f v1alpha1.Function, asJSON bool) error {
+	if wait := c.Duration("wait"); f.State == v1alpha1.StatePending && wait > client.MaxServerWait {
+		p := newProgress(c.App.ErrWriter, asJSON)
+		var err error
+		f, err = waitReady(c.Context, cl, f, wait-client.MaxServerWait, p)
+		p.stop()
+		if err != nil {
+			return err
+		}
+	}
+	return reportChange(c, f, outcome{asJSON: asJSON, wait: c.Duration("wait")})
+}
+
+func functionsDelete(c *cli.Context) error {
+	return withFunction(c, func(cl *client.Client, name string, _ bool) error {
+		if err := cl.Delete(c.Context, name, ""); err != nil {
+			return err
+		}
+		fprintf(c.App.Writer, "%s is deleted\n", printable(name))
+		return nil
+	})
+}

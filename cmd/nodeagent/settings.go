@@ -1,0 +1,183 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/client"
+)
+
+// settingsFlags are the settings of a revision.
+func settingsFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.GenericFlag{Name: "env", Aliases: []string{"e"}, Value: &repeated{}, Usage: "environment variable `NAME=VALUE`; repeatable"},
+		&cli.GenericFlag{Name: "secret", Value: &repeated{}, Usage: "secret `NAME` (value from the environment), NAME=@FILE or NAME=VALUE (which others may see in the process list); repeatable"},
+		&cli.StringFlag{Name: "memory", Usage: "memory limit of one request, `SIZE` such as 64MiB", DefaultText: fmt.Sprintf("%d MiB for a new function", v1alpha1.DefaultMemoryMiB)},
+		&cli.DurationFlag{Name: "timeout", Usage: "deadline of one request, from its arrival, a `DURATION`", DefaultText: fmt.Sprintf("%v for a new function", v1alpha1.DefaultTimeoutMS*time.Millisecond)},
+		&cli.IntFlag{Name: "concurrency", Usage: "requests at once, `N`, before others queue", DefaultText: fmt.Sprintf("%d for a new function", v1alpha1.DefaultConcurrency)},
+	}
+}
+
+// settingsFrom reads settingsFlags; what was not given stays nil.
+func settingsFrom(c *cli.Context) (client.Settings, error) {
+	var s client.Settings
+	if c.IsSet("memory") {
+		mib, err := parseMiB(c.String("memory"))
+		if err != nil {
+			return s, usageError("--memory %v", err)
+		}
+		s.MemoryMiB = &mib
+	}
+	if c.IsSet("timeout") {
+		d := c.Duration("timeout")
+		if d%time.Millisecond != 0 {
+			return s, usageError("--timeout %v is not a whole number of milliseconds", d)
+		}
+		ms := int(d / time.Millisecond)
+		s.TimeoutMS = &ms
+	}
+	if c.IsSet("concurrency") {
+		n := c.Int("concurrency")
+		s.Concurrency = &n
+	}
+	for _, pair := range repeatedOf(c, "env") {
+		name, value, err := parsePair(pair)
+		if err != nil {
+			return s, usageError("--env: %v", err)
+		}
+		set(&s.Env, name, &value)
+	}
+	for _, pair := range repeatedOf(c, "secret") {
+		name, value, err := parseSecret(pair, os.LookupEnv, readSecretFile)
+		if err != nil {
+			return s, usageError("--secret: %v", err)
+		}
+		set(&s.Secrets, name, &value)
+	}
+	for _, name := range repeatedOf(c, "unset-env") {
+		set(&s.Env, name, nil)
+	}
+	for _, name := range repeatedOf(c, "unset-secret") {
+		set(&s.Secrets, name, nil)
+	}
+	return s, nil
+}
+
+func set(m *map[string]*string, name string, value *string) {
+	if *m == nil {
+		*m = map[string]*string{}
+	}
+	(*m)[name] = value
+}
+
+// parsePair splits NAME=VALUE. Whether the name is allowed is the server's word.
+func parsePair(s string) (name, value string, err error) {
+	name, value, ok := strings.Cut(s, "=")
+	switch {
+	case !ok:
+		return "", "", fmt.Errorf("%q has no =; write NAME=VALUE", s)
+	case name == "":
+		return "", "", fmt.Errorf("the name before = is empty; write NAME=VALUE")
+	}
+	return name, value, nil
+}
+
+// parseSecret reads NAME, NAME=@FILE or NAME=VALUE. Its errors never contain a
+// value.
+func parseSecret(s string, lookup func(string) (string, bool), read func(string) (string, error)) (name, value string, err error) {
+	name, value, explicit := strings.Cut(s, "=")
+	if name == "" {
+		return "", "", fmt.Errorf("the name is empty; write NAME, NAME=@FILE or NAME=VALUE")
+	}
+	if !explicit {
+		value, ok := lookup(name)
+		if !ok {
+			return "", "", fmt.Errorf("the environment has no variable %s; set it, or write %s=@FILE", name, name)
+		}
+		return name, value, nil
+	}
+	if path, isFile := strings.CutPrefix(value, "@"); isFile {
+		value, err := read(path)
+		if err != nil {
+			return "", "", fmt.Errorf("read the value of %s: %w", name, err)
+		}
+		return name, value, nil
+	}
+	return name, value, nil
+}
+
+// readSecretFile reads a value, without the newline at its end that editors add.
+func readSecretFile(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() //nolint:errcheck // read side
+	data, err := io.ReadAll(io.LimitReader(f, v1alpha1.MaxEnvBytes+1))
+	if err != nil {
+		return "", err
+	}
+	if len(data) > v1alpha1.MaxEnvBytes {
+		return "", fmt.Errorf("%s is larger than the %d KiB that all variables together may have", path, v1alpha1.MaxEnvBytes>>10)
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
+}
+
+// parseMiB reads 64, 64M, 64MiB, 1G or 1GiB.
+func parseMiB(s string) (int, error) {
+	number := strings.TrimRight(s, "BbIiMmGg ")
+	n, err := strconv.Atoi(strings.TrimSpace(number))
+	if err != nil || n <= 0 {
+		return 0, fmt.Errorf("%q is no size; write 64MiB or 1GiB", s)
+	}
+	switch strings.ToLower(strings.TrimSpace(s[len(number):])) {
+	case "", "m", "mib":
+		return n, nil
+	case "g", "gib":
+		if n > v1alpha1.MaxMemoryMiB {
+			return 0, fmt.Errorf("%q is more than the %d MiB a function may have", s, v1alpha1.MaxMemoryMiB)
+		}
+		return n << 10, nil
+	}
+	return 0, fmt.Errorf("%q has an unknown unit; write 64MiB or 1GiB", s)
+}
+
+// repeated is an option that can be given several times. Unlike the library's
+// slices it does not split values at commas, which environment values contain.
+type repeated struct{ values []string }
+
+// serializedPrefix marks the form in which the library copies a value from one
+// name of an option to its aliases, which share this very object.
+const serializedPrefix = "\x00repeated:"
+
+func (r *repeated) Set(s string) error {
+	if strings.HasPrefix(s, serializedPrefix) {
+		return nil
+	}
+	r.values = append(r.values, s)
+	return nil
+}
+
+// String is what help shows as the default: nothing.
+func (r *repeated) String() string { return "" }
+
+// Serialize is called by the library for aliases.
+func (r *repeated) Serialize() string {
+	data, _ := json.Marshal(r.values) // strings always marshal
+	return serializedPrefix + string(data)
+}
+
+func repeatedOf(c *cli.Context, name string) []string {
+	if r, ok := c.Generic(name).(*repeated); ok && r != nil {
+		return r.values
+	}
+	return nil
+}

@@ -1,0 +1,31 @@
+package dev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/hearth-sh/hearth/internal/precompile"
+	"github.com/hearth-sh/hearth/internal/submit"
+)
+
+// checker lets the submit API have modules checked by precompile's children.
+type checker struct{ compiler *precompile.Compiler }
+
+func (c checker) Check(ctx context.Context, path string, memoryMiB int) (submit.CheckReport, error) {
+	module, err := os.Open(path)
+	if err != nil {
+		return submit.CheckReport{}, fmt.Errorf("open the received module: %w", err)
+	}
+	defer module.Close()
+	report, err := c.compiler.Check(ctx, module, precompile.CheckOptions{MemoryLimitMiB: memoryMiB})
+	if err != nil {
+		var known *precompile.Error
+		if errors.As(err, &known) {
+			return submit.CheckReport{}, &submit.CheckError{Code: known.Code, Detail: known.Detail, Retryable: known.Retryable}
+		}
+		return submit.CheckReport{}, err
+	}
+	return submit.CheckReport{Kind: report.Kind, Digest: report.ModuleDigest}, nil
+}

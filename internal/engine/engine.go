@@ -1,0 +1,548 @@
+// Package engine is a node's data plane for functions: it accepts HTTP on the
+// public listener, routes each request to a function by host or path, and
+// passes it to the worker process that runs the function's guests.
+//
+// It owns routing, admission (concurrency, queues, deadlines), worker
+// processes from start to kill, function logs and the control socket by which
+// an agent tells it what to serve. It never runs guest code itself, never
+// writes to the store, knows nothing of registries, Kubernetes or clouds, and
+// keeps no state beyond logs: after a restart the agent sends everything again.
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/engine/control"
+	"github.com/hearth-sh/hearth/internal/localsocket"
+	"github.com/hearth-sh/hearth/internal/sandbox"
+)
+
+const (
+	// headerLimit bounds reading a request's header, from the connection's
+	// first byte: slower clients hold a connection and nothing else.
+	headerLimit = 10 * time.Second
+	// idleLimit is how long a kept-alive connection may be quiet.
+	idleLimit = 2 * time.Minute
+	// maxHeaderBytes bounds a request's header.
+	maxHeaderBytes = 64 << 10
+	// drainLimit is how long requests in flight may take when the engine ends.
+	drainLimit = 5 * time.Second
+	// sweepInterval is how often old logs are looked for.
+	sweepInterval = time.Hour
+	// rssAllowance is what a worker may use beyond its guests' linear memory:
+	// code, Go's heap, stacks of guests that recurse.
+	rssAllowance = 512 << 20
+)
+
+// Isolation says which functions may share a worker process.
+type Isolation string
+
+const (
+	// IsolationTenant, the default, gives each tenant a process.
+	IsolationTenant Isolation = "tenant"
+	// IsolationFunction gives each function a process.
+	IsolationFunction Isolation = "function"
+	// IsolationShared runs everything in one process.
+	IsolationShared Isolation = "shared"
+)
+
+// Options is what an engine needs. Listener, ControlSocket, LogDir and
+// WorkerCommand are required.
+type Options struct {
+	// Listener accepts public HTTP. Run closes it.
+	Listener net.Listener
+	// ControlSocket is where to listen for the agent.
+	ControlSocket string
+	// APISocket is the unix socket that control paths are passed to when asked
+	// for under the base domain, localhost or an address; empty for none.
+	APISocket string
+	// BaseDomain is what function names are prefixed to; "localhost" when empty.
+	BaseDomain string
+	// LogDir holds one NDJSON file per function and one rotated one.
+	LogDir string
+	// Isolation is IsolationTenant when empty.
+	Isolation Isolation
+	// WorkerCommand starts a worker; nothing is appended to it.
+	WorkerCommand []string
+	// WorkerEnv is added to the (empty) environment of workers.
+	WorkerEnv []string
+	// WorkerMemoryBytes caps a worker's resident memory; 0 means half of the
+	// machine's.
+	WorkerMemoryBytes uint64
+	// StoreDir is the store's objects directory, the only thing workers may
+	// read. Empty means no file system confinement by path, for tests only.
+	StoreDir string
+	// WorkerStderr receives what workers print, which is crash reports at
+	// most; os.Stderr when nil.
+	WorkerStderr *os.File
+	// RequireSandbox refuses to run workers where the kernel lacks a part of
+	// the sandbox, instead of running with what there is and saying so.
+	RequireSandbox bool
+	Logger         *slog.Logger
+}
+
+// Engine is a running engine. Run makes one.
+type Engine struct {
+	options    Options
+	logger     *slog.Logger
+	metrics    *metrics
+	logs       *logStore
+	api        *httputil.ReverseProxy // nil when there is no API
+	protection *http.CrossOriginProtection
+	credential *syscall.Credential
+	rssLimit   uint64
+	noteOnce   sync.Once
+	// ending is done when Run is asked to end: followed logs end with it,
+	// function requests may finish.
+	ending context.Context
+
+	mu         sync.RWMutex
+	functions  map[string]*function
+	processes  map[string]*process
+	generation uint64
+	loads      uint64 // numbers revisions
+	started    int    // numbers workers
+	version    uint64
+	changed    chan struct{} // closed and replaced with each version
+	stopping   bool
+	// background counts goroutines that unload and stop workers.
+	background sync.WaitGroup
+}
+
+// Run serves until ctx ends, then lets requests in flight finish for a short
+// while, ends all workers and returns nil; or an error when it could not
+// start or a listener failed.
+func Run(ctx context.Context, o Options) error {
+	e, err := newEngine(o)
+	if err != nil {
+		_ = o.Listener.Close() // the first error says it
+		return err
+	}
+	e.ending = ctx
+	defer e.logs.closeAll()
+	controlListener, err := localsocket.Listen(o.ControlSocket)
+	if err != nil {
+		_ = o.Listener.Close() // the first error says it
+		return fmt.Errorf("listen for the agent: %w", err)
+	}
+	errorLog := slog.NewLogLogger(e.logger.Handler(), slog.LevelDebug)
+	public := &http.Server{
+		Handler:           e,
+		ReadHeaderTimeout: headerLimit,
+		IdleTimeout:       idleLimit,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          errorLog,
+	}
+	private := &http.Server{
+		Handler:           e.controlHandler(),
+		ReadHeaderTimeout: headerLimit,
+		IdleTimeout:       idleLimit,
+		ErrorLog:          errorLog,
+	}
+	failed := make(chan error, 2)
+	var group sync.WaitGroup
+	serve := func(s *http.Server, l net.Listener, what string) {
+		group.Go(func() {
+			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("serve %s: %w", what, err)
+			}
+		})
+	}
+	serve(public, o.Listener, "functions")
+	serve(private, controlListener, "the agent")
+	sweeping, stopSweep := context.WithCancel(ctx)
+	group.Go(func() { e.sweep(sweeping) })
+	e.logger.Info("engine ready", "listen", o.Listener.Addr().String(), "isolation", string(e.options.Isolation))
+
+	var result error
+	select {
+	case <-ctx.Done():
+	case result = <-failed:
+	}
+	stopSweep()
+	drain, cancel := context.WithTimeout(context.Background(), drainLimit)
+	defer cancel()
+	// A request that does not end in time is cut by Close.
+	_ = public.Shutdown(drain)
+	_ = public.Close()
+	_ = private.Close()
+	group.Wait()
+	e.stop()
+	return result
+}
+
+func newEngine(o Options) (*Engine, error) {
+	if o.Listener == nil || o.ControlSocket == "" || o.LogDir == "" || len(o.WorkerCommand) == 0 {
+		return nil, errors.New("the engine needs a listener, a control socket, a log directory and a worker command")
+	}
+	if o.BaseDomain == "" {
+		o.BaseDomain = "localhost"
+	}
+	o.BaseDomain = canonicalHost(o.BaseDomain)
+	switch o.Isolation {
+	case "":
+		o.Isolation = IsolationTenant
+	case IsolationTenant, IsolationFunction, IsolationShared:
+	default:
+		return nil, fmt.Errorf("isolation %q is none of tenant, function and shared", o.Isolation)
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.WorkerStderr == nil {
+		o.WorkerStderr = os.Stderr
+	}
+	if o.WorkerMemoryBytes == 0 {
+		var info unix.Sysinfo_t
+		if err := unix.Sysinfo(&info); err != nil {
+			return nil, fmt.Errorf("ask how much memory the machine has: %w", err)
+		}
+		o.WorkerMemoryBytes = uint64(info.Totalram) * uint64(info.Unit) / 2
+	}
+	m := newMetrics()
+	logs, err := newLogStore(o.LogDir, m, o.Logger)
+	if err != nil {
+		return nil, err
+	}
+	e := &Engine{
+		options: o, logger: o.Logger, metrics: m, logs: logs,
+		functions: make(map[string]*function),
+		processes: make(map[string]*process),
+		version:   rand.Uint64()>>16 + 1,
+		changed:   make(chan struct{}),
+		rssLimit:  o.WorkerMemoryBytes + rssAllowance,
+	}
+	if e.credential = sandbox.Credential(); e.credential != nil {
+		for _, path := range []string{o.WorkerCommand[0], o.StoreDir} {
+			if blocked := notReachable(path); blocked != "" {
+				e.logger.Warn("workers keep the engine's own account, because another could not reach what they need",
+					"need", path, "blocked", blocked)
+				e.credential = nil
+				break
+			}
+		}
+	}
+	e.protection = http.NewCrossOriginProtection()
+	e.protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeProblem(w, problem(http.StatusForbidden, "cross-origin-request",
+			"the API takes no changes that a page of another origin asks a browser for", false))
+	}))
+	if o.APISocket != "" {
+		e.api = &httputil.ReverseProxy{
+			Rewrite: func(r *httputil.ProxyRequest) {
+				r.SetURL(&url.URL{Scheme: "http", Host: "api"})
+				r.Out.Host = r.In.Host
+				r.SetXForwarded()
+			},
+			Transport: &http.Transport{
+				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+					return localsocket.Dial(ctx, o.APISocket)
+				},
+				MaxIdleConnsPerHost: 64,
+				IdleConnTimeout:     30 * time.Second,
+				DisableCompression:  true,
+			},
+			FlushInterval: -1, // logs that are followed
+			ErrorLog:      slog.NewLogLogger(o.Logger.Handler(), slog.LevelDebug),
+			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+				e.logger.Debug("API not reached", "path", r.URL.Path, "error", err)
+				w.Header().Set("Retry-After", "1")
+				writeProblem(w, problem(http.StatusServiceUnavailable, "api-unavailable",
+					"the API does not answer at the moment", true))
+			},
+		}
+	}
+	return e, nil
+}
+
+// notReachable gives the first directory on the way to path, or path itself,
+// that other accounts cannot go through; empty when there is none.
+func notReachable(path string) string {
+	if path == "" || strings.HasPrefix(path, "/proc/") {
+		return ""
+	}
+	for at := filepath.Clean(path); ; at = filepath.Dir(at) {
+		info, err := os.Stat(at)
+		if err != nil || info.Mode().Perm()&0o001 == 0 {
+			return at
+		}
+		if at == "/" || at == "." {
+			return ""
+		}
+	}
+}
+
+func (e *Engine) noteSandbox(notes []string) {
+	e.noteOnce.Do(func() {
+		e.logger.Warn("workers run without a part of their sandbox", "missing", notes)
+	})
+}
+
+// bump tells waiting readers of the status that it changed.
+func (e *Engine) bump() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.bumpLocked()
+}
+
+func (e *Engine) bumpLocked() {
+	e.version++
+	close(e.changed)
+	e.changed = make(chan struct{})
+}
+
+// apply makes s what the engine serves.
+func (e *Engine) apply(s control.State) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.stopping {
+		return errors.New("the engine is ending")
+	}
+	again := s.Generation != e.generation
+	e.generation = s.Generation
+	named := make(map[string]bool, len(s.Functions))
+	for _, spec := range s.Functions {
+		if !validLabel(spec.Name) || named[spec.Name] {
+			e.logger.Warn("entry of the state ignored: its name is no DNS label or named twice", "function", spec.Name)
+			continue
+		}
+		named[spec.Name] = true
+		e.applyFunction(spec, again)
+	}
+	for name, f := range e.functions {
+		if !named[name] {
+			e.removeFunction(f)
+		}
+	}
+	e.bumpLocked()
+	return nil
+}
+
+func (e *Engine) applyFunction(spec control.Function, again bool) {
+	f := e.functions[spec.Name]
+	if f != nil && f.tenant != spec.Tenant {
+		e.removeFunction(f)
+		f = nil
+	}
+	if f == nil {
+		f = &function{name: spec.Name, tenant: spec.Tenant}
+		f.limiter.limit = spec.Concurrency
+		e.functions[spec.Name] = f
+	}
+	if err := checkSpec(spec); err != nil {
+		f.invalid = &v1alpha1.FunctionError{Code: control.ErrorInvalid, Detail: err.Error()}
+		f.number = spec.Revision
+		return
+	}
+	f.invalid = nil
+	if f.wanted != nil && sameSpec(f.wanted.spec, spec) {
+		f.wanted.mu.Lock()
+		failed := f.wanted.failure != nil
+		f.wanted.mu.Unlock()
+		if !failed || !again {
+			return
+		}
+	}
+	serving := f.serving.Load()
+	if serving != nil && f.wanted != serving && sameSpec(serving.spec, spec) {
+		// Back to what answers already.
+		e.retire(f.wanted)
+		f.wanted = serving
+		return
+	}
+	p := e.processFor(spec)
+	e.loads++
+	r := newRevision(spec, f, p, e.loads)
+	if f.wanted != nil && f.wanted != serving {
+		e.retire(f.wanted)
+	}
+	f.wanted = r
+	p.add(r)
+}
+
+func (e *Engine) removeFunction(f *function) {
+	delete(e.functions, f.name)
+	serving := f.serving.Load()
+	if serving != nil {
+		e.retire(serving)
+	}
+	if f.wanted != nil && f.wanted != serving {
+		e.retire(f.wanted)
+	}
+}
+
+// retire lets a revision's requests end and unloads it.
+func (e *Engine) retire(r *revision) {
+	r.retire()
+	e.background.Go(func() { r.worker.forget(r) })
+}
+
+// processFor gives the worker of a function, starting it when it is the first.
+func (e *Engine) processFor(spec control.Function) *process {
+	key, tenant := "t/"+spec.Tenant, spec.Tenant
+	switch e.options.Isolation {
+	case IsolationFunction:
+		key = "f/" + spec.Tenant + "/" + spec.Name
+	case IsolationShared:
+		key, tenant = "shared", ""
+	}
+	p := e.processes[key]
+	if p == nil {
+		e.started++
+		p = newProcess(e, strconv.Itoa(e.started), tenant)
+		e.processes[key] = p
+	}
+	return p
+}
+
+// retireProcess stops a worker that has no functions left.
+func (e *Engine) retireProcess(p *process) {
+	e.mu.Lock()
+	p.mu.Lock()
+	empty := len(p.revisions) == 0
+	p.mu.Unlock()
+	found := false
+	if empty {
+		for key, q := range e.processes {
+			if q == p {
+				delete(e.processes, key)
+				found = true
+			}
+		}
+	}
+	e.mu.Unlock()
+	if found {
+		p.stop()
+		e.bump()
+	}
+}
+
+// loaded switches a function to a revision that is ready.
+func (e *Engine) loaded(r *revision) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	defer e.bumpLocked()
+	f := r.function
+	r.mu.Lock()
+	ready := r.progress == v1alpha1.ProgressReady
+	r.mu.Unlock()
+	if !ready || f.wanted != r || e.functions[f.name] != f {
+		return
+	}
+	old := f.serving.Swap(r)
+	f.limiter.resize(r.spec.Concurrency)
+	if old != nil && old != r {
+		e.retire(old)
+	}
+}
+
+// lookup finds a function by name.
+func (e *Engine) lookup(name string) *function {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.functions[name]
+}
+
+// snapshot gives the status and a channel that is closed when it changes.
+func (e *Engine) snapshot() (control.Status, <-chan struct{}) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	s := control.Status{
+		Version: e.version, Generation: e.generation,
+		Functions: make([]control.FunctionStatus, 0, len(e.functions)),
+		Workers:   make([]control.WorkerStatus, 0, len(e.processes)),
+	}
+	for _, f := range e.functions {
+		s.Functions = append(s.Functions, f.status())
+	}
+	for _, p := range e.processes {
+		s.Workers = append(s.Workers, p.status())
+	}
+	slices.SortFunc(s.Functions, func(a, b control.FunctionStatus) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.Workers, func(a, b control.WorkerStatus) int { return strings.Compare(a.ID, b.ID) })
+	return s, e.changed
+}
+
+// status is called with Engine.mu held.
+func (f *function) status() control.FunctionStatus {
+	s := control.FunctionStatus{
+		Name: f.name, Tenant: f.tenant,
+		Progress: v1alpha1.ProgressLoading,
+		Requests: f.requests.Load(), Failures: f.failures.Load(),
+	}
+	s.InFlight, s.Queued = f.limiter.load()
+	if r := f.serving.Load(); r != nil {
+		s.Serving = r.spec.Revision
+	}
+	switch r := f.wanted; {
+	case f.invalid != nil:
+		s.Wanted, s.Progress, s.Error = f.number, v1alpha1.ProgressFailed, f.invalid
+	case r != nil:
+		r.mu.Lock()
+		s.Wanted, s.Progress, s.Phases, s.Error = r.spec.Revision, r.progress, r.phases, r.failure
+		if r.conn == nil && r.progress == v1alpha1.ProgressReady {
+			s.Progress = v1alpha1.ProgressLoading // its worker is being restarted
+			if s.Serving == r.spec.Revision {
+				s.Serving = 0
+			}
+		}
+		r.mu.Unlock()
+	}
+	return s
+}
+
+// sweep removes old logs now and then.
+func (e *Engine) sweep(ctx context.Context) {
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		e.logs.sweep(func(tenant, name string) bool {
+			f := e.lookup(name)
+			return f != nil && f.tenant == tenant
+		})
+	}
+}
+
+// stop ends all workers.
+func (e *Engine) stop() {
+	e.mu.Lock()
+	e.stopping = true
+	for _, f := range e.functions {
+		e.removeFunction(f)
+	}
+	processes := make([]*process, 0, len(e.processes))
+	for _, p := range e.processes {
+		processes = append(processes, p)
+	}
+	e.mu.Unlock()
+	var group sync.WaitGroup
+	for _, p := range processes {
+		group.Go(p.stop)
+	}
+	group.Wait()
+	e.background.Wait()
+}

@@ -1,0 +1,66 @@
+package engine
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the engine's. No label takes a value from outside.
+type metrics struct {
+	registry *prometheus.Registry
+	requests *prometheus.CounterVec
+	phases   *prometheus.HistogramVec
+	restarts *prometheus.CounterVec
+	loads    *prometheus.CounterVec
+	inFlight prometheus.Gauge
+	retries  prometheus.Counter
+	logLines prometheus.Counter
+	logDrops prometheus.Counter
+}
+
+func newMetrics() *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_requests_total",
+			Help: "Requests to functions by outcome (ok, or the code of the problem) and class of the status code.",
+		}, []string{"outcome", "code_class"}),
+		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_request_phase_duration_seconds",
+			Help: "Time requests spent by phase: queue, load (waiting for a worker), instantiate, first_byte (from arrival), total.",
+			// From a prepared instance (tens of microseconds) to the longest deadline.
+			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
+		}, []string{"phase"}),
+		restarts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_worker_restarts_total",
+			Help: "Worker processes that ended unasked, by reason: exit, silent, memory, start.",
+		}, []string{"reason"}),
+		loads: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_function_loads_total",
+			Help: "Loads of a function's object into a worker by result: ok, unusable, failed, crashed.",
+		}, []string{"result"}),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hearth_inflight_requests",
+			Help: "Requests to functions that are in the engine now, queued ones included.",
+		}),
+		retries: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hearth_request_retries_total",
+			Help: "Requests sent to a worker a second time because the first one died.",
+		}),
+		logLines: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hearth_log_lines_total",
+			Help: "Lines written to function logs.",
+		}),
+		logDrops: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hearth_log_lines_dropped_total",
+			Help: "Lines that function logs lost, because they came too fast or could not be written.",
+		}),
+	}
+	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.inFlight, m.retries, m.logLines, m.logDrops)
+	return m
+}
+
+func (m *metrics) phase(name string, d time.Duration) {
+	m.phases.WithLabelValues(name).Observe(d.Seconds())
+}

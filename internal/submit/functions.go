@@ -1,0 +1,701 @@
+package submit
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/function"
+)
+
+const (
+	// defaultWait is how long a change waits for a node to serve it: pull and
+	// compile of a large module on a small machine.
+	defaultWait = 60 * time.Second
+	maxWait     = 300 * time.Second
+	// maxList bounds one page of a list.
+	maxList = 1000
+	// maxHeaderTags bounds the entity tags of one If-Match.
+	maxHeaderTags = 32
+)
+
+// list serves GET /v1/functions.
+func (s *Server) list(w http.ResponseWriter, r *http.Request) error {
+	q := r.URL.Query()
+	o := function.ListOptions{Tenant: q.Get("tenant"), Limit: maxList}
+	if o.Tenant != "" {
+		if err := function.ValidateTenant(o.Tenant); err != nil {
+			return err
+		}
+	}
+	if q.Has("limit") {
+		n, err := intParameter(q, "limit", 1, maxList)
+		if err != nil {
+			return err
+		}
+		o.Limit = n
+	}
+	if c := q.Get("continue"); c != "" {
+		after, err := base64.RawURLEncoding.DecodeString(c)
+		if err != nil || function.ValidateName(string(after)) != nil {
+			return newProblem("invalid-parameter", `The query parameter "continue" must be the value that the previous page returned.`)
+		}
+		o.After = string(after)
+	}
+	page, err := s.o.Store.List(r.Context(), o)
+	if err != nil {
+		return err
+	}
+	l := v1alpha1.FunctionList{APIVersion: v1alpha1.APIVersion, Kind: "FunctionList", Items: make([]v1alpha1.Function, 0, len(page.Items))}
+	for _, f := range page.Items {
+		l.Items = append(l.Items, s.view(f))
+	}
+	if page.Next != "" {
+		l.Continue = base64.RawURLEncoding.EncodeToString([]byte(page.Next))
+	}
+	jsonReply(http.StatusOK, l, nil).write(w)
+	return nil
+}
+
+// get serves GET /v1/functions/{name}.
+func (s *Server) get(w http.ResponseWriter, r *http.Request) error {
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	f, err := s.o.Store.Get(r.Context(), name)
+	if err != nil {
+		return err
+	}
+	tags, err := entityTags(r, "If-None-Match")
+	if err != nil {
+		return err
+	}
+	for _, tag := range tags {
+		// Weak comparison, RFC 9110 section 13.1.2.
+		if tag == "*" || strings.TrimPrefix(tag, "W/") == f.ETag {
+			(&reply{status: http.StatusNotModified, header: map[string]string{"ETag": f.ETag, "Cache-Control": "no-cache"}}).write(w)
+			return nil
+		}
+	}
+	jsonReply(http.StatusOK, s.view(f), map[string]string{"ETag": f.ETag, "Cache-Control": "no-cache"}).write(w)
+	return nil
+}
+
+// revisions serves GET /v1/functions/{name}/revisions.
+func (s *Server) revisions(w http.ResponseWriter, r *http.Request) error {
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	f, err := s.o.Store.Get(r.Context(), name)
+	if err != nil {
+		return err
+	}
+	revs, err := s.o.Store.Revisions(r.Context(), name)
+	if err != nil {
+		return err
+	}
+	l := v1alpha1.RevisionList{APIVersion: v1alpha1.APIVersion, Kind: "RevisionList", Items: make([]v1alpha1.Revision, 0, len(revs))}
+	for _, v := range revs {
+		l.Items = append(l.Items, v1alpha1.Revision{
+			Revision: v.Number, Digest: v.ModuleDigest, Image: s.o.Image(v.Artifact), SizeBytes: v.SizeBytes,
+			Settings: v.Settings.Public(), State: v.State, Active: v.Number == f.Active,
+			Phases: phases(v), CreatedAt: v.CreatedAt, Error: v.Error,
+		})
+	}
+	jsonReply(http.StatusOK, l, nil).write(w)
+	return nil
+}
+
+// put serves PUT /v1/functions/{name}.
+func (s *Server) put(w http.ResponseWriter, r *http.Request) (err error) {
+	defer func() {
+		if err != nil {
+			s.metrics.rejected(err)
+		}
+	}()
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	media, params, err := mediaType(r, "application/wasm", "application/json", "multipart/form-data")
+	if err != nil {
+		return err
+	}
+	q := r.URL.Query()
+	change, wait, key, err := s.changeOf(r)
+	if err != nil {
+		return err
+	}
+	if change.Tenant = q.Get("tenant"); change.Tenant != "" {
+		if err := function.ValidateTenant(change.Tenant); err != nil {
+			return err
+		}
+	}
+	numbers, err := queryPatch(q, media)
+	if err != nil {
+		return err
+	}
+	if key == "" {
+		// Refuse before 50 MiB travel. The store decides again, atomically.
+		if err := s.early(r.Context(), name, change); err != nil {
+			return err
+		}
+	}
+	giveReceive, err := s.place(r.Context(), s.receives)
+	if err != nil {
+		return err
+	}
+	defer giveReceive()
+	body, err := s.receive(w, r, media, params)
+	if err != nil {
+		return err
+	}
+	defer body.remove()
+	if media == "application/wasm" {
+		body.patch = numbers
+	}
+	s.metrics.phase("receive", body.receive)
+
+	return s.mutate(w, r, key, fingerprint(r, body.content), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		var rev int
+		created := false
+		if done != nil {
+			rev, created = done.Revision, done.Created
+		} else {
+			res, err := s.submit(ctx, name, change, body)
+			if err != nil {
+				return nil, err
+			}
+			rev, created = res.Function.Wanted, res.Created
+		}
+		body.remove() // do not hold disk space while waiting
+		return s.await(ctx, name, rev, created, wait)
+	})
+}
+
+// submit checks, publishes and records what a PUT brought.
+func (s *Server) submit(ctx context.Context, name string, change function.Change, body *submission) (function.Result, error) {
+	give, err := s.place(ctx, s.submits)
+	if err != nil {
+		return function.Result{}, err
+	}
+	defer give()
+	work, cancel := context.WithTimeout(ctx, s.o.Limits.Work)
+	defer cancel()
+
+	steps := []v1alpha1.Phase{{Name: "receive", Milliseconds: milliseconds(body.receive)}}
+	step := func(phase string, do func() error) error {
+		started := time.Now()
+		err := do()
+		took := time.Since(started)
+		s.metrics.phase(phase, took)
+		steps = append(steps, v1alpha1.Phase{Name: phase, Milliseconds: milliseconds(took)})
+		if err != nil && ctx.Err() != nil {
+			return errClientGone
+		}
+		return err
+	}
+	var settings function.Settings
+	merged := func(current *function.Function) (function.Settings, error) {
+		base := function.DefaultSettings()
+		if current != nil {
+			base = current.Revision.Settings
+		}
+		m := body.patch.Apply(base)
+		return m, m.Validate()
+	}
+	current, err := s.current(work, name)
+	if err != nil {
+		return function.Result{}, err
+	}
+	if settings, err = merged(current); err != nil {
+		return function.Result{}, err
+	}
+
+	var artifact v1alpha1.Artifact
+	if body.image != "" {
+		err := step("publish", func() error {
+			if err := s.emptyTemp(body); err != nil {
+				return err
+			}
+			var err error
+			if artifact, err = s.o.Publisher.Fetch(work, body.image, body.path, s.o.Limits.ModuleBytes); err != nil {
+				return err
+			}
+			return body.measure()
+		})
+		if err != nil {
+			return function.Result{}, err
+		}
+		if body.size > s.o.Limits.ModuleBytes {
+			return function.Result{}, newProblem("module-too-large", "At most %d bytes are accepted.", s.o.Limits.ModuleBytes)
+		}
+	}
+	var checked CheckReport
+	if err := step("check", func() (err error) {
+		checked, err = s.o.Checker.Check(work, body.path, settings.MemoryMiB)
+		return err
+	}); err != nil {
+		return function.Result{}, err
+	}
+	if checked.Digest != "" && checked.Digest != body.digest {
+		return function.Result{}, fmt.Errorf("the checked module is %s, the received one %s", checked.Digest, body.digest)
+	}
+	if err := overMemory(checked.MemoryMinPages, settings.MemoryMiB); err != nil {
+		return function.Result{}, err
+	}
+	if body.image == "" {
+		if err := step("publish", func() (err error) {
+			artifact, err = s.o.Publisher.Publish(work, name, body.path, body.digest, ArtifactMeta{SizeBytes: body.size, Kind: checked.Kind})
+			return err
+		}); err != nil {
+			return function.Result{}, err
+		}
+	}
+	if ctx.Err() != nil {
+		return function.Result{}, errClientGone // nothing was recorded, and nothing will be
+	}
+	started := time.Now()
+	res, err := s.o.Store.AddRevision(ctx, name, change, func(current *function.Function) (function.NewRevision, error) {
+		m, err := merged(current) // again: another writer may have been faster
+		if err == nil {
+			err = overMemory(checked.MemoryMinPages, m.MemoryMiB)
+		}
+		return function.NewRevision{
+			ModuleDigest: body.digest, SizeBytes: body.size, MemoryMinPages: checked.MemoryMinPages,
+			Artifact: artifact, Settings: m, Phases: steps,
+		}, err
+	})
+	if err != nil {
+		return res, err
+	}
+	s.metrics.phase("record", time.Since(started))
+	return res, nil
+}
+
+// patch serves PATCH /v1/functions/{name}: the wanted module with other settings.
+func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	if _, _, err := mediaType(r, "application/merge-patch+json"); err != nil {
+		return err
+	}
+	change, wait, key, err := s.changeOf(r)
+	if err != nil {
+		return err
+	}
+	data, err := s.readJSON(w, r)
+	if err != nil {
+		return err
+	}
+	patch, err := parsePatch(data)
+	if err != nil {
+		return err
+	}
+	return s.mutate(w, r, key, fingerprint(r, hash(data)), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		if done != nil {
+			return s.await(ctx, name, done.Revision, false, wait)
+		}
+		if ctx.Err() != nil {
+			return nil, errClientGone
+		}
+		res, err := s.o.Store.AddRevision(ctx, name, change, func(current *function.Function) (function.NewRevision, error) {
+			if current == nil {
+				return function.NewRevision{}, function.ErrNotFound
+			}
+			was := current.Revision
+			settings := patch.Apply(was.Settings)
+			if err := settings.Validate(); err != nil {
+				return function.NewRevision{}, err
+			}
+			return function.NewRevision{
+				ModuleDigest: was.ModuleDigest, SizeBytes: was.SizeBytes, MemoryMinPages: was.MemoryMinPages,
+				Artifact: was.Artifact, Settings: settings,
+			}, overMemory(was.MemoryMinPages, settings.MemoryMiB)
+		})
+		if err != nil {
+			return nil, err
+		}
+		return s.await(ctx, name, res.Function.Wanted, false, wait)
+	})
+}
+
+// rollback serves POST /v1/functions/{name}/rollback.
+func (s *Server) rollback(w http.ResponseWriter, r *http.Request) error {
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	change, wait, key, err := s.changeOf(r)
+	if err != nil {
+		return err
+	}
+	data, err := s.readJSON(w, r)
+	if err != nil {
+		return err
+	}
+	to := 0
+	if len(data) > 0 {
+		if _, _, err := mediaType(r, "application/json"); err != nil {
+			return err
+		}
+		var doc struct {
+			Revision *int `json:"revision"`
+		}
+		if err := strictJSON(data, &doc); err != nil {
+			return err
+		}
+		if doc.Revision != nil {
+			if to = *doc.Revision; to < 1 {
+				return newProblem("malformed-request", `The member "revision" must be the number of a revision, 1 or more.`)
+			}
+		}
+	}
+	return s.mutate(w, r, key, fingerprint(r, hash(data)), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		if done != nil {
+			return s.await(ctx, name, done.Revision, false, wait)
+		}
+		if ctx.Err() != nil {
+			return nil, errClientGone
+		}
+		res, err := s.o.Store.Rollback(ctx, name, to, change)
+		if err != nil {
+			return nil, err
+		}
+		return s.await(ctx, name, res.Function.Wanted, false, wait)
+	})
+}
+
+// delete serves DELETE /v1/functions/{name}.
+func (s *Server) delete(w http.ResponseWriter, r *http.Request) error {
+	name, err := pathName(r)
+	if err != nil {
+		return err
+	}
+	change, _, key, err := s.changeOf(r)
+	if err != nil {
+		return err
+	}
+	return s.mutate(w, r, key, fingerprint(r, ""), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		if done == nil {
+			if ctx.Err() != nil {
+				return nil, errClientGone
+			}
+			if err := s.o.Store.Delete(ctx, name, change); err != nil {
+				return nil, err
+			}
+		}
+		return &reply{status: http.StatusNoContent}, nil
+	})
+}
+
+// changeOf reads what every changing request can carry.
+func (s *Server) changeOf(r *http.Request) (c function.Change, wait time.Duration, key string, err error) {
+	if key, err = idempotencyKey(r); err != nil {
+		return
+	}
+	c.IdempotencyKey = key
+	if c.Precondition.IfMatch, err = entityTags(r, "If-Match"); err != nil {
+		return
+	}
+	none, err := entityTags(r, "If-None-Match")
+	if err != nil {
+		return
+	}
+	if len(none) > 0 {
+		if len(none) != 1 || none[0] != "*" {
+			err = newProblem("invalid-parameter", "If-None-Match of a change can only be *.")
+			return
+		}
+		c.Precondition.IfNoneMatchAny = true
+	}
+	wait = defaultWait
+	q := r.URL.Query()
+	if q.Has("wait") {
+		if wait, err = durationParameter(q, "wait", maxWait); err != nil {
+			return
+		}
+	}
+	for _, p := range strings.Split(strings.Join(r.Header.Values("Prefer"), ","), ",") {
+		if strings.EqualFold(strings.TrimSpace(p), "respond-async") {
+			wait = 0
+		}
+	}
+	return
+}
+
+// early checks a precondition without the store's lock.
+func (s *Server) early(ctx context.Context, name string, c function.Change) error {
+	f, err := s.current(ctx, name)
+	switch {
+	case err != nil:
+		return err
+	case f == nil && len(c.Precondition.IfMatch) > 0, f != nil && c.Precondition.IfNoneMatchAny:
+		return function.ErrPrecondition
+	case f != nil && c.Tenant != "" && c.Tenant != f.Tenant:
+		return function.ErrTaken
+	}
+	return nil
+}
+
+// current returns the function, nil when there is none.
+func (s *Server) current(ctx context.Context, name string) (*function.Function, error) {
+	f, err := s.o.Store.Get(ctx, name)
+	switch {
+	case errors.Is(err, function.ErrNotFound):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	return &f, nil
+}
+
+// await waits until a recorded revision serves and answers: 201 or 200 when
+// it does, 202 when that takes longer than wait or another revision came in
+// between, a problem when it cannot be served.
+func (s *Server) await(ctx context.Context, name string, revision int, created bool, wait time.Duration) (*reply, error) {
+	started := time.Now()
+	stop, cancel := s.untilStop(ctx)
+	defer cancel()
+	timed, cancelTimed := context.WithTimeout(stop, wait)
+	defer cancelTimed()
+
+	f, err := s.o.Store.Get(ctx, name)
+	for err == nil && f.Wanted == revision && f.Revision.State == v1alpha1.StatePending && timed.Err() == nil {
+		var next function.Function
+		next, err = s.o.Store.Watch(timed, name, f.ETag)
+		if err == nil {
+			f = next
+		} else if timed.Err() != nil {
+			err = nil // an answer all the same, unless nobody waits for it
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, errClientGone
+	}
+	if errors.Is(err, function.ErrNotFound) {
+		return nil, newProblem("function-not-found", "The function was recorded, and then deleted by someone else.")
+	}
+	if err != nil {
+		return nil, err
+	}
+	header := map[string]string{"ETag": f.ETag, "Location": "/v1/functions/" + name}
+	status, outcome := http.StatusAccepted, "pending"
+	switch {
+	case f.Wanted != revision:
+		outcome = "superseded"
+	case f.Revision.State == v1alpha1.StateReady:
+		status, outcome = http.StatusOK, "ready"
+		if created {
+			status = http.StatusCreated
+		}
+		s.metrics.phase("ready", time.Since(started))
+	case f.Revision.State == v1alpha1.StateFailed:
+		p := failed(f.Revision.Error)
+		p.header = header
+		s.metrics.submit("failed")
+		return nil, p
+	}
+	s.metrics.submit(outcome)
+	return jsonReply(status, s.view(f), header), nil
+}
+
+// mutate runs a changing request under its Idempotency-Key, if it has one.
+func (s *Server) mutate(w http.ResponseWriter, r *http.Request, key, fingerprint string, do func(context.Context, *function.Outcome) (*reply, error)) error {
+	ctx := r.Context()
+	if key == "" {
+		a, err := do(ctx, nil)
+		if err != nil {
+			return err
+		}
+		a.write(w)
+		return nil
+	}
+	begun, err := s.o.Store.Begin(ctx, key, fingerprint)
+	if err != nil {
+		return err
+	}
+	switch begun.State {
+	case function.IdempotencyInFlight:
+		return newProblem("request-in-flight", "The first request with this Idempotency-Key has not been answered yet.")
+	case function.IdempotencyMismatch:
+		return newProblem("idempotency-mismatch", "This Idempotency-Key was used for a request with another method, path or body. Use a new key.")
+	case function.IdempotencyReplay:
+		a := &reply{status: begun.Response.Status, header: begun.Response.Header, body: begun.Response.Body}
+		w.Header().Set("Idempotency-Replayed", "true")
+		a.write(w)
+		return nil
+	}
+	// The client may be gone by the time there is an answer; the record must
+	// not depend on it. Both calls are bounded by the disk.
+	lasting := context.WithoutCancel(ctx)
+	answered := false
+	defer func() {
+		if !answered {
+			_ = s.o.Store.Release(lasting, key)
+		}
+	}()
+	a, err := do(ctx, begun.Outcome)
+	if err != nil {
+		if errors.Is(err, errClientGone) || ctx.Err() != nil {
+			return err
+		}
+		p := toProblem(err)
+		if p.kind.Retryable || p.kind.Status >= 500 {
+			return p // a retry should try, not be told again
+		}
+		s.keep(lasting, key, p.reply(requestInstance(ctx)), &answered)
+		return p
+	}
+	s.keep(lasting, key, a, &answered)
+	a.write(w)
+	return nil
+}
+
+// keep stores an answer for replays. When that fails the answer still goes
+// out: the change is recorded, and a retry resumes from there.
+func (s *Server) keep(ctx context.Context, key string, a *reply, answered *bool) {
+	err := s.o.Store.Complete(ctx, key, function.Response{Status: a.status, Header: a.header, Body: a.body})
+	if err != nil {
+		s.log.WarnContext(ctx, "answer could not be stored for its Idempotency-Key", "error", err)
+		return
+	}
+	*answered = true
+}
+
+// view is a function as the API shows it.
+func (s *Server) view(f function.Function) v1alpha1.Function {
+	url, pathURL := s.o.URLs(f.Name)
+	return v1alpha1.Function{
+		APIVersion: v1alpha1.APIVersion, Kind: "Function",
+		Name: f.Name, Tenant: f.Tenant, URL: url, PathURL: pathURL,
+		State: f.Revision.State, Revision: f.Wanted, ActiveRevision: f.Active,
+		Digest: f.Revision.ModuleDigest, Image: s.o.Image(f.Revision.Artifact),
+		Settings: f.Revision.Settings.Public(), Phases: phases(f.Revision),
+		CreatedAt: f.CreatedAt, UpdatedAt: f.UpdatedAt, Error: f.Revision.Error,
+	}
+}
+
+func phases(r function.Revision) []v1alpha1.Phase {
+	return append(append([]v1alpha1.Phase(nil), r.Phases...), r.NodePhases...)
+}
+
+func pathName(r *http.Request) (string, error) {
+	name := r.PathValue("name")
+	return name, function.ValidateName(name)
+}
+
+// fingerprint identifies a request, so that a key is not used for two. How
+// long to wait for the answer is not part of what is asked for.
+func fingerprint(r *http.Request, content string) string {
+	q := r.URL.Query()
+	q.Del("wait")
+	return hash([]byte(r.Method + "\n" + r.URL.Path + "\n" + q.Encode() + "\n" + content))
+}
+
+// idempotencyKey reads the Idempotency-Key header
+// (draft-ietf-httpapi-idempotency-key-header): a quoted string, or the bare
+// token that most clients send. "" means there is none.
+func idempotencyKey(r *http.Request) (string, error) {
+	values := r.Header.Values("Idempotency-Key")
+	if len(values) == 0 {
+		return "", nil
+	}
+	malformed := newProblem("invalid-idempotency-key", "Send one Idempotency-Key of 1 to 255 printable ASCII characters without spaces, e.g. a UUID.")
+	if len(values) > 1 {
+		return "", malformed
+	}
+	key := values[0]
+	if len(key) >= 2 && key[0] == '"' && key[len(key)-1] == '"' {
+		key = key[1 : len(key)-1]
+	}
+	if key == "" || len(key) > 255 || strings.ContainsFunc(key, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) {
+		return "", malformed
+	}
+	return key, nil
+}
+
+// entityTags parses If-Match and If-None-Match (RFC 9110, section 13.1).
+func entityTags(r *http.Request, header string) ([]string, error) {
+	rest := strings.TrimSpace(strings.Join(r.Header.Values(header), ","))
+	if rest == "" {
+		return nil, nil
+	}
+	if rest == "*" {
+		return []string{"*"}, nil
+	}
+	malformed := newProblem("invalid-parameter", "%s must be * or a list of quoted entity tags.", header)
+	var tags []string
+	for rest != "" {
+		tag := ""
+		if strings.HasPrefix(rest, "W/") {
+			tag, rest = "W/", rest[2:]
+		}
+		if rest == "" || rest[0] != '"' {
+			return nil, malformed
+		}
+		end := strings.IndexByte(rest[1:], '"')
+		if end < 0 || len(tags) == maxHeaderTags {
+			return nil, malformed
+		}
+		tags = append(tags, tag+rest[:end+2])
+		rest = strings.TrimLeft(rest[end+2:], " \t")
+		if rest == "" {
+			break
+		}
+		if rest[0] != ',' {
+			return nil, malformed
+		}
+		rest = strings.TrimLeft(rest, ", \t")
+	}
+	return tags, nil
+}
+
+func intParameter(q url.Values, name string, min, max int) (int, error) {
+	n, err := strconv.Atoi(q.Get(name))
+	if err != nil || n < min || n > max {
+		return 0, newProblem("invalid-parameter", "The query parameter %q must be a whole number from %d to %d.", name, min, max)
+	}
+	return n, nil
+}
+
+func durationParameter(q url.Values, name string, max time.Duration) (time.Duration, error) {
+	d, err := time.ParseDuration(q.Get(name))
+	if err != nil || d < 0 || d > max {
+		return 0, newProblem("invalid-parameter", `The query parameter %q must be a duration such as "30s", from 0s to %s.`, name, max)
+	}
+	return d, nil
+}
+
+// queryPatch reads the settings that a raw module can bring in the query.
+func queryPatch(q url.Values, media string) (function.Patch, error) {
+	var p function.Patch
+	for _, n := range []struct {
+		name string
+		set  func(int)
+	}{{"memoryMiB", p.SetMemoryMiB}, {"timeoutMs", p.SetTimeoutMS}, {"concurrency", p.SetConcurrency}} {
+		if !q.Has(n.name) {
+			continue
+		}
+		if media != "application/wasm" {
+			return p, newProblem("unknown-parameter", "With %s, give %s in the settings instead of the query.", media, n.name)
+		}
+		v, err := strconv.Atoi(q.Get(n.name))
+		if err != nil {
+			return p, newProblem("invalid-parameter", "The query parameter %q must be a whole number.", n.name)
+		}
+		n.set(v)
+	}
+	return p, nil
+}

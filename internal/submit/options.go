@@ -1,0 +1,161 @@
+package submit
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/function"
+)
+
+// CheckReport is what is known of a module that passed the check.
+type CheckReport struct {
+	// Kind of module, e.g. "module".
+	Kind string
+	// Digest is "sha256:<hex>" of the module's bytes; empty: not computed.
+	Digest string
+	// MemoryMinPages is the module's minimum memory in pages of 64 KiB.
+	MemoryMinPages uint32
+}
+
+// Checker looks at a module before anything is recorded.
+type Checker interface {
+	// Check reads the module at path. An error that is a *CheckError is the
+	// module's fault or names a passing trouble; any other is ours.
+	Check(ctx context.Context, path string, memoryMiB int) (CheckReport, error)
+}
+
+// CheckError is why a module was not accepted. Code is one of the problem
+// codes of this package's table (see Problems); an unknown one is answered as
+// an internal error.
+type CheckError struct {
+	Code      string
+	Detail    string
+	Retryable bool
+}
+
+func (e *CheckError) Error() string { return e.Code + ": " + e.Detail }
+
+// ArtifactMeta goes into the published artifact.
+type ArtifactMeta struct {
+	// SizeBytes of the module.
+	SizeBytes int64
+	// Kind as the checker reported it.
+	Kind string
+}
+
+// Publisher puts modules into the registry and gets them from one.
+type Publisher interface {
+	// Publish returns once the artifact is durable in the registry. digest is
+	// "sha256:<hex>" of the module's bytes.
+	Publish(ctx context.Context, name, modulePath, digest string, meta ArtifactMeta) (v1alpha1.Artifact, error)
+	// Fetch resolves an OCI reference to a digest and writes the artifact's
+	// one Wasm layer, at most maxBytes of it, to dst, which exists and is
+	// empty. Errors of both may be a *PublishError.
+	Fetch(ctx context.Context, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error)
+}
+
+// PublishError is why a registry did not do as asked. Codes: those of the
+// problem table, foremost registry-unavailable, registry-unauthorized,
+// image-not-found, image-invalid, digest-mismatch, module-too-large, disk-full.
+type PublishError struct {
+	Code      string
+	Detail    string
+	Retryable bool
+	Err       error
+}
+
+func (e *PublishError) Error() string {
+	if e.Err == nil {
+		return e.Code + ": " + e.Detail
+	}
+	return fmt.Sprintf("%s: %s: %v", e.Code, e.Detail, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *PublishError) Unwrap() error { return e.Err }
+
+// LogSource has the logs of functions.
+type LogSource interface {
+	// Logs returns v1alpha1.LogLine documents, one a line. tail is the number
+	// of past lines (0: none), since, when set, leaves out older ones. With
+	// follow it ends with the context only.
+	Logs(ctx context.Context, function string, follow bool, tail int, since time.Time) (io.ReadCloser, error)
+}
+
+// Check is one line of the readiness answer.
+type Check struct {
+	Name string `json:"name"`
+	OK   bool   `json:"ok"`
+	// Message says why it is not OK and what to do.
+	Message string `json:"message,omitempty"`
+}
+
+// Health knows what this API needs to do its work.
+type Health interface {
+	// Ready answers within a second.
+	Ready(ctx context.Context) []Check
+}
+
+// Limits bound what the API takes on. Zero fields get the defaults.
+type Limits struct {
+	// ModuleBytes bounds a module; default and maximum v1alpha1.MaxModuleBytes.
+	ModuleBytes int64
+	// Receives is how many module bodies are received at once (default 32):
+	// it bounds temporary disk space, and is above Submits so that slow
+	// senders do not keep fast ones out.
+	Receives int
+	// Submits is how many modules are checked and published at once (default 8).
+	Submits int
+	// Admission is how long a request waits for one of these places before
+	// 429 (default 2 s: long enough for a burst, short enough to retry).
+	Admission time.Duration
+	// Stall is how long a body may bring no byte before 408 (default 10 s).
+	Stall time.Duration
+	// Receive bounds receiving a whole body (default 10 min: 50 MiB over 1 Mbit/s).
+	Receive time.Duration
+	// Work bounds check and publish together (default 2 min).
+	Work time.Duration
+}
+
+// Options of a Server. Store, Checker, Publisher and TempDir are required.
+type Options struct {
+	Store     function.Store
+	Checker   Checker
+	Publisher Publisher
+	// Logs nil: the logs endpoint answers 503.
+	Logs LogSource
+	// Health nil: ready whenever the store answers.
+	Health Health
+	// Live, when set, says whether the process's loops make progress. It must
+	// not look beyond the process.
+	Live func(ctx context.Context) error
+
+	// URLs returns a function's URL and its path form. Required.
+	URLs func(name string) (url, pathURL string)
+	// Image returns the OCI reference (by digest) that people can pull an
+	// artifact with. nil: repository@digest, with the registry when it has one.
+	Image func(v1alpha1.Artifact) string
+	// BaseDomain and Version are shown on the front page and in the OpenAPI
+	// document.
+	BaseDomain string
+	Version    string
+
+	// TempDir holds bodies while they are worked on. It is created, belongs
+	// to the server alone, and is cleared of leftovers by New.
+	TempDir string
+	Limits  Limits
+	Logger  *slog.Logger
+	// Registerer gets this package's metrics; nil: they are not exported.
+	Registerer prometheus.Registerer
+	// Gatherers are what /metrics shows; called for each scrape, bounded by
+	// its context. nil: /metrics is empty.
+	Gatherers func(ctx context.Context) []prometheus.Gatherer
+	// Now is the clock for time stamps; nil: time.Now.
+	Now func() time.Time
+}

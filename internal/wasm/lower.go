@@ -1,0 +1,573 @@
+package wasm
+
+import (
+	"fmt"
+	"math"
+)
+
+// LoweringVersion changes whenever Lower's output for some module does.
+// Stores keep it beside what they derive from lowered modules.
+const LoweringVersion = 1
+
+// ReservedPrefix starts the export names that belong to the host; a module
+// that exports such a name itself is refused.
+const ReservedPrefix = "hearth:"
+
+// The exports [Lower] adds. The globals exist only with
+// LowerOptions.InterruptChecks, the function only if Module.HasStart.
+const (
+	// ExportFuel is a mutable i32 global: instructions until the next
+	// checkpoint, counted down by the guest. What a guest has used is
+	// refills * RefillFuel - fuel, about.
+	ExportFuel = "hearth:fuel"
+	// ExportKill is a mutable i32 global; once the host sets it to anything
+	// but zero the guest traps with "unreachable" at its next checkpoint, and
+	// at every one after.
+	ExportKill = "hearth:kill"
+	// ExportRefills is a mutable i32 global that counts (wrapping) how often
+	// the fuel ran out.
+	ExportRefills = "hearth:refills"
+	// ExportStart is the function of the start section. The host must call it
+	// once after instantiation, before any other function.
+	ExportStart = "hearth:start"
+)
+
+const (
+	// DefaultRefillFuel makes a checkpoint, which costs about 0.2 µs, rare
+	// beside the 10 to 50 µs of work it pays for; and it keeps the worst
+	// work, touching a fresh page with each 10 units, below 25 ms.
+	DefaultRefillFuel = 50_000
+	// MinRefillFuel is more than any single check takes: with less, fuel
+	// would sink with every refill until it wrapped around. Smaller values
+	// are raised to it.
+	MinRefillFuel = 1 << 14
+	// maxRefillFuel leaves fuel far from wrapping upwards.
+	maxRefillFuel = 1 << 30
+
+	// segmentWeight is how much straight-line code one check may cover.
+	segmentWeight = 4096
+	// freeWeight is what a function may do before its first check; callers
+	// pay for it. It lets small leaf functions do without any.
+	freeWeight = 16
+	// maxEntryValues caps the parameters, results and locals that entering a
+	// function is charged for, so that no check takes more than MinRefillFuel.
+	maxEntryValues = 1 << 16
+)
+
+// LowerOptions choose what [Lower] does.
+type LowerOptions struct {
+	// Limits bound the original module.
+	Limits Limits
+	// InterruptChecks makes the module stoppable: see [Lower]. Without it
+	// only the rest of the lowering is done.
+	InterruptChecks bool
+	// RemainderByDivision replaces integer remainders by divide, multiply and
+	// subtract: for arm64, where wazero up to v1.12.0 miscompiles them.
+	RemainderByDivision bool
+	// MaxTableEntries caps what each table may grow to; 0 means
+	// Limits.TableEntries.
+	MaxTableEntries uint32
+	// RefillFuel is the fuel of one refill, in simple instructions; 0 means
+	// DefaultRefillFuel.
+	RefillFuel int32
+}
+
+// Lowered is a module ready for the engine.
+type Lowered struct {
+	// Bytes is the lowered module: the same for the same input and options.
+	Bytes []byte
+	// Module describes the original.
+	Module *Module
+	// Checks is how many places were inserted that count down fuel.
+	Checks int
+}
+
+// Parse reads a module, checks all of it but the types of its code, and
+// describes it. The error is an [*Error]. It takes time and memory linear in
+// the size of the module.
+func Parse(module []byte, limits Limits) (*Module, error) {
+	l, err := readLayout(module, limits)
+	if err != nil {
+		return nil, err
+	}
+	lw := newLowering(l, LowerOptions{Limits: limits})
+	lw.discard = true
+	if err := lw.bodies(); err != nil {
+		return nil, err
+	}
+	return &l.Module, nil
+}
+
+// Lower checks a module as [Parse] does and rewrites it into an equivalent
+// one that the host can stop. The error is an [*Error].
+//
+// With InterruptChecks, the guest counts fuel down at loop headers, in every
+// function before it calls another, and at least every few thousand
+// instructions of straight-line code. When fuel runs out it passes a
+// checkpoint: memory.grow 0, which changes nothing but makes the engine return
+// to Go for a moment (a safepoint for the scheduler and the collector), and
+// then a trap if [ExportKill] is set. Bulk memory operations run in chunks
+// with checkpoints between them, with unchanged semantics. A module without
+// a memory gets one of zero pages.
+//
+// Besides, custom sections are stripped, tables are capped, and the start
+// section becomes the export [ExportStart].
+//
+// The lowered module has no other observable difference, except that stack
+// overflow may come a little earlier. Types are not checked here: a module
+// with a type error is lowered to one with a type error.
+func Lower(module []byte, o LowerOptions) (*Lowered, error) {
+	l, err := readLayout(module, o.Limits)
+	if err != nil {
+		return nil, err
+	}
+	if o.MaxTableEntries == 0 {
+		o.MaxTableEntries = uint32(min(int64(max(o.Limits.TableEntries, 0)), math.MaxUint32))
+	}
+	for i, t := range l.tables {
+		if t.min > o.MaxTableEntries {
+			return nil, &Error{
+				Code: CodeLimitExceeded, Section: "table", Offset: l.sections[sectionTable].items,
+				Detail: fmt.Sprintf("table %d of at least %d entries, the limit is %d", l.importedTables+i, t.min, o.MaxTableEntries),
+			}
+		}
+	}
+	lw := newLowering(l, o)
+	if err := lw.bodies(); err != nil {
+		return nil, err
+	}
+	return &Lowered{Bytes: lw.assemble(), Module: &l.Module, Checks: lw.checks}, nil
+}
+
+// unreached marks a place no path leads to.
+const unreached = int32(-1)
+
+// frame is one open block.
+type frame struct {
+	op byte
+	// segment is the check in force where the block was entered, start the
+	// weight since then. Where the block is left that check is in force
+	// again, because paths that jump over what is inside have passed no other.
+	segment int
+	start   int32
+	// in is the largest weight any branch to the block's end arrives with.
+	in int32
+	// arity is how many values a branch to the label carries.
+	arity   int32
+	hasElse bool
+}
+
+// segment is the code one check pays for.
+type segment struct {
+	// patch is where its weight goes in the body, -1 for what callers pay.
+	patch int
+	// max is the largest weight of any path through it.
+	max int32
+}
+
+// lowering is the state of one run over a module's code.
+type lowering struct {
+	code
+	LowerOptions
+	discard bool // only check, keep no output
+
+	// Indices of what is appended.
+	fuel, kill, refills uint32
+	checkpoint          uint32
+	voidType            uint32
+	bulk                bulkHelpers
+	extraTypes          []FunctionType
+
+	out    []byte // all function bodies
+	checks int
+
+	// The function at hand.
+	body     []byte // instructions, lowered
+	copied   int    // the original is in body up to this offset
+	frames   []frame
+	segments []segment
+	segment  int   // the check in force
+	weight   int32 // of the longest path from that check to here
+	scratch  []ValueType
+	scratchs [4]uint32 // index of each kind of scratch local, 0 if none yet
+	// last is the constant pushed by the instruction before, if it was an
+	// i32.const or i64.const.
+	last      int64
+	lastConst bool
+}
+
+func newLowering(l *layout, o LowerOptions) *lowering {
+	switch {
+	case o.RefillFuel == 0:
+		o.RefillFuel = DefaultRefillFuel
+	case o.RefillFuel < MinRefillFuel:
+		o.RefillFuel = MinRefillFuel
+	case o.RefillFuel > maxRefillFuel:
+		o.RefillFuel = maxRefillFuel
+	}
+	lw := &lowering{
+		code:         code{layout: l, r: &reader{b: l.bytes, section: "code"}},
+		LowerOptions: o,
+	}
+	if o.InterruptChecks {
+		lw.fuel = uint32(l.Globals)
+		lw.kill, lw.refills = lw.fuel+1, lw.fuel+2
+		lw.checkpoint = uint32(len(l.functions))
+		lw.voidType = lw.typeOf(FunctionType{})
+		// Larger than the original by a check for every 40 bytes or so.
+		lw.out = make([]byte, 0, l.CodeBytes+l.CodeBytes/3)
+	} else if !lw.discard {
+		lw.out = make([]byte, 0, l.CodeBytes)
+	}
+	return lw
+}
+
+// typeOf returns the index of a type, appending it if the module has none
+// like it.
+func (lw *lowering) typeOf(t FunctionType) uint32 {
+	for i := range lw.types {
+		if lw.types[i].Equal(t) {
+			return uint32(i)
+		}
+	}
+	for i := range lw.extraTypes {
+		if lw.extraTypes[i].Equal(t) {
+			return uint32(len(lw.types) + i)
+		}
+	}
+	lw.extraTypes = append(lw.extraTypes, t)
+	return uint32(len(lw.types) + len(lw.extraTypes) - 1)
+}
+
+func (lw *lowering) bodies() error {
+	for i, s := range lw.layout.bodies {
+		lw.function(i, s)
+		if !lw.r.ok() {
+			return lw.r.err
+		}
+	}
+	return nil
+}
+
+// function lowers the body of one defined function.
+func (lw *lowering) function(defined int, s span) {
+	r := lw.r
+	r.pos, r.end = s.start, s.end
+	t := lw.types[lw.functions[lw.ImportedFunctions+defined]]
+
+	groups := r.count(math.MaxInt32, "groups of locals")
+	groupsAt := r.pos
+	lw.locals = uint64(len(t.Params))
+	for range groups {
+		at := r.pos
+		n := r.u32()
+		r.valueType()
+		lw.locals += uint64(n)
+		if lw.locals > uint64(max(lw.limits.LocalsPerFunction, 0)) {
+			r.fail(CodeLimitExceeded, at, "%d parameters and locals in one function, the limit is %d", lw.locals, lw.limits.LocalsPerFunction)
+		}
+		if !r.ok() {
+			return
+		}
+	}
+	groupsEnd := r.pos
+
+	lw.targets = 0
+	lw.body = lw.body[:0]
+	lw.copied = r.pos
+	lw.frames = append(lw.frames[:0], frame{op: opBlock, in: unreached, arity: int32(len(t.Results))})
+	lw.segments = append(lw.segments[:0], segment{patch: -1})
+	lw.segment, lw.weight = 0, 0
+	lw.scratch = lw.scratch[:0]
+	lw.scratchs = [4]uint32{}
+	lw.lastConst = false
+	// Entering costs time for every value passed and every local zeroed.
+	if entry := int32(min(lw.locals+uint64(len(t.Results)), maxEntryValues)) / 8; lw.InterruptChecks && entry > 0 {
+		if entry > freeWeight/2 {
+			lw.open()
+		}
+		lw.spend(entry)
+	}
+
+	var i instruction
+	for len(lw.frames) > 0 {
+		lw.next(&i)
+		if !r.ok() {
+			return
+		}
+		lw.instruction(&i)
+		lw.last, lw.lastConst = i.value, i.op == opI32Const || i.op == opI64Const
+	}
+	switch {
+	case !r.ok():
+		return
+	case r.pos != r.end:
+		r.malformed(r.pos, "instructions behind the end of a function")
+		return
+	case lw.discard:
+		return
+	}
+	lw.copyTo(r.pos)
+	for _, s := range lw.segments[1:] {
+		patchWeight(lw.body[s.patch:], min(s.max, maxPatchedWeight))
+	}
+	lw.finish(uint32(groups), lw.bytes[groupsAt:groupsEnd], lw.scratch)
+}
+
+// finish appends the body at hand to the output.
+func (lw *lowering) finish(groups uint32, raw []byte, extra []ValueType) {
+	var head [5]byte
+	count := appendU32(head[:0], groups+uint32(len(extra)))
+	size := len(count) + len(raw) + 2*len(extra) + len(lw.body)
+	lw.out = appendU32(lw.out, uint32(size))
+	lw.out = append(lw.out, count...)
+	lw.out = append(lw.out, raw...)
+	for _, t := range extra {
+		lw.out = append(lw.out, 1, byte(t))
+	}
+	lw.out = append(lw.out, lw.body...)
+}
+
+// copyTo copies the original up to an offset.
+func (lw *lowering) copyTo(offset int) {
+	if !lw.discard {
+		lw.body = append(lw.body, lw.bytes[lw.copied:offset]...)
+	}
+	lw.copied = offset
+}
+
+func (lw *lowering) emit(b ...byte) { lw.body = append(lw.body, b...) }
+
+func (lw *lowering) emitIndex(op byte, index uint32) {
+	lw.body = appendU32(append(lw.body, op), index)
+}
+
+func (lw *lowering) emitI32(v int32) {
+	lw.body = appendS64(append(lw.body, opI32Const), int64(v))
+}
+
+// spend adds to the weight of the path at hand.
+func (lw *lowering) spend(w int32) {
+	if lw.weight == unreached {
+		return
+	}
+	lw.weight += w
+	if s := &lw.segments[lw.segment]; lw.weight > s.max {
+		s.max = lw.weight
+	}
+}
+
+// open inserts a check at the end of what is emitted and makes it the one in
+// force.
+func (lw *lowering) open() {
+	lw.segments = append(lw.segments, segment{patch: lw.check(-1)})
+	lw.segment, lw.weight = len(lw.segments)-1, 0
+}
+
+// check emits a check of the given weight, or of one to be patched in, whose
+// place it returns, if the weight is negative.
+func (lw *lowering) check(weight int32) (patch int) {
+	lw.checks++
+	lw.emitIndex(opGlobalGet, lw.fuel)
+	if weight < 0 {
+		lw.emit(opI32Const)
+		patch = len(lw.body)
+		lw.emit(make([]byte, weightBytes)...)
+	} else {
+		lw.emitI32(weight)
+	}
+	lw.emit(opI32Sub)
+	lw.emitIndex(opGlobalSet, lw.fuel)
+	lw.emitIndex(opGlobalGet, lw.fuel)
+	lw.emit(opI32Const, 0, opI32LtS, opIf, voidBlock)
+	lw.emitIndex(opCall, lw.checkpoint)
+	lw.emit(opEnd)
+	return patch
+}
+
+// arrive notes a branch from here to the end of a block.
+func (lw *lowering) arrive(f *frame) {
+	if lw.weight == unreached || f.op == opLoop {
+		return // a branch to a loop meets the loop's own check
+	}
+	w := lw.weight
+	if lw.segment != f.segment {
+		// What this path has cost since the block's check began is not more
+		// than the longest path through that check's code, so far.
+		w = lw.segments[f.segment].max
+	}
+	f.in = max(f.in, w)
+}
+
+// label finds the block a branch goes to.
+func (lw *lowering) label(i *instruction, depth uint32) *frame {
+	if uint64(depth) >= uint64(len(lw.frames)) {
+		lw.r.fail(CodeInvalid, i.start, "unknown label %d", depth)
+		return &lw.frames[0]
+	}
+	return &lw.frames[len(lw.frames)-1-int(depth)]
+}
+
+func (lw *lowering) push(i *instruction, arity int) {
+	if len(lw.frames) > lw.limits.NestingDepth {
+		lw.r.fail(CodeLimitExceeded, i.start, "blocks nested deeper than %d", lw.limits.NestingDepth)
+		return
+	}
+	lw.frames = append(lw.frames, frame{op: i.op, segment: lw.segment, start: lw.weight, in: unreached, arity: int32(arity)})
+}
+
+// pay accounts for an instruction that is about to run, with a new check in
+// front of it if the one in force is used up.
+func (lw *lowering) pay(i *instruction, w int32) {
+	if lw.weight == unreached || !lw.InterruptChecks {
+		return
+	}
+	limit := int32(segmentWeight)
+	if lw.segment == 0 {
+		limit = freeWeight
+		if i.op == opCall || i.op == opCallIndirect {
+			limit = 0 // or a chain of calls would never be checked
+		}
+	}
+	if lw.weight+w > limit && (lw.weight > 0 || lw.segment == 0) {
+		lw.copyTo(i.start)
+		lw.open()
+	}
+	lw.spend(w)
+}
+
+// instruction lowers one instruction.
+func (lw *lowering) instruction(i *instruction) {
+	switch i.op {
+	case opBlock:
+		lw.pay(i, weightOf(i))
+		lw.push(i, i.blockResults)
+	case opLoop:
+		lw.push(i, i.blockParams)
+		if lw.InterruptChecks && lw.weight != unreached {
+			lw.copyTo(i.end)
+			lw.open()
+			lw.spend(weightSimple + int32(i.arity))
+		}
+	case opIf:
+		lw.pay(i, weightSimple+weightOf(i))
+		lw.push(i, i.blockResults)
+	case opElse:
+		f := &lw.frames[len(lw.frames)-1]
+		if f.op != opIf || f.hasElse {
+			lw.r.malformed(i.start, "else without if")
+			return
+		}
+		lw.arrive(f)
+		f.hasElse = true
+		lw.segment, lw.weight = f.segment, f.start
+	case opEnd:
+		f := &lw.frames[len(lw.frames)-1]
+		lw.arrive(f)
+		switch {
+		case f.op == opLoop:
+			f.in = unreached
+			if lw.weight != unreached {
+				f.in = f.start
+			}
+		case f.op == opIf && !f.hasElse:
+			f.in = max(f.in, f.start)
+		}
+		lw.segment, lw.weight = f.segment, f.in
+		lw.frames = lw.frames[:len(lw.frames)-1]
+	case opBr, opBrIf:
+		f := lw.label(i, i.index)
+		lw.pay(i, weightSimple+f.arity)
+		lw.arrive(f)
+		if i.op == opBr {
+			lw.weight = unreached
+		}
+	case opBrTable:
+		arity := int32(0)
+		for _, l := range i.labels {
+			arity = max(arity, lw.label(i, l).arity)
+		}
+		lw.pay(i, 2*weightSimple+arity)
+		for _, l := range i.labels {
+			lw.arrive(lw.label(i, l))
+		}
+		lw.weight = unreached
+	case opReturn:
+		lw.pay(i, weightSimple+lw.frames[0].arity)
+		lw.weight = unreached
+	case opUnreachable:
+		lw.weight = unreached
+	case opI32RemS, opI32RemU, opI64RemS, opI64RemU:
+		lw.pay(i, 2*weightDivide)
+		if lw.RemainderByDivision {
+			lw.remainder(i)
+		}
+	case opMisc:
+		lw.misc(i)
+	default:
+		lw.pay(i, weightOf(i))
+	}
+}
+
+// Kinds of scratch locals. They are appended behind the original locals,
+// whose indices alone the original code may use.
+const (
+	scratchI32A = iota
+	scratchI32B
+	scratchI64A
+	scratchI64B
+)
+
+// scratchLocal returns the index of a scratch local of the function at hand.
+func (lw *lowering) scratchLocal(kind int) uint32 {
+	if lw.scratchs[kind] == 0 {
+		t := ValueI32
+		if kind >= scratchI64A {
+			t = ValueI64
+		}
+		lw.scratch = append(lw.scratch, t)
+		// Plus one: zero says there is none yet.
+		lw.scratchs[kind] = uint32(lw.locals) + uint32(len(lw.scratch))
+	}
+	return lw.scratchs[kind] - 1
+}
+
+// remainder replaces a rem b by a - a/b*b. Division by zero traps in the
+// division as it would have. The smallest integer divided by -1 overflows
+// where the remainder is 0, so for signed operands -1 is replaced by 1, which
+// has the same remainder: 0.
+func (lw *lowering) remainder(i *instruction) {
+	lw.copyTo(i.start)
+	lw.copied = i.end
+	if lw.discard {
+		return
+	}
+	wide := i.op == opI64RemS || i.op == opI64RemU
+	signed := i.op == opI32RemS || i.op == opI64RemS
+	a, b := lw.scratchLocal(scratchI32A), uint32(0)
+	if wide {
+		a, b = lw.scratchLocal(scratchI64A), lw.scratchLocal(scratchI64B)
+	} else {
+		b = lw.scratchLocal(scratchI32B)
+	}
+	constant, equal, divide, multiply, subtract := byte(opI32Const), byte(opI32Eq), i.op-2, byte(opI32Mul), byte(opI32Sub)
+	if wide {
+		constant, equal, multiply, subtract = opI64Const, opI64Eq, opI64Mul, opI64Sub
+	}
+	lw.emitIndex(opLocalSet, b)
+	lw.emitIndex(opLocalTee, a)
+	lw.emitIndex(opLocalGet, a)
+	// A constant divisor other than -1, the common case, needs no care.
+	if signed && (!lw.lastConst || lw.last == -1) {
+		lw.emit(constant, 1)
+		lw.emitIndex(opLocalGet, b)
+		lw.emitIndex(opLocalGet, b)
+		lw.emit(constant, 0x7f, equal, opSelect)
+		lw.emitIndex(opLocalTee, b)
+	} else {
+		lw.emitIndex(opLocalGet, b)
+	}
+	lw.emit(divide)
+	lw.emitIndex(opLocalGet, b)
+	lw.emit(multiply, subtract)
+}

@@ -1,0 +1,601 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tetratelabs/wazero"
+	"github.com/tetratelabs/wazero/experimental"
+	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
+	"github.com/tetratelabs/wazero/sys"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/test/guests"
+	"github.com/hearth-sh/hearth/test/harness"
+)
+
+// The promises that are held here.
+const (
+	firstTargetC   = 3 * time.Millisecond  // p50, after ready
+	firstTargetGo  = 15 * time.Millisecond // p50, after ready
+	hitTarget      = 15.0                  // times faster than compiling
+	memoryTarget   = 20 << 20              // bytes that 100 idle functions add
+	latenessTarget = 50 * time.Millisecond
+	computeTarget  = 0.20 // slower than plain wazero
+)
+
+// languages are the guests everything is measured with.
+var languages = []struct{ name, guest string }{{"C", "hello"}, {"Go", "hello-go"}}
+
+// variant is the n-th of many modules of one guest that differ in a constant,
+// so that each is code nobody has seen before.
+func variant(ctx context.Context, guest string, n int) ([]byte, error) {
+	path, err := guests.Compile(ctx, guest)
+	if err != nil {
+		return nil, err
+	}
+	module, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if guest == "hello" {
+		return guests.Mark(module, fmt.Sprintf("Hello, number %d", n))
+	}
+	old, fresh := []byte("Hello, %s, from Go!\n"), fmt.Appendf(nil, "Hello, %%s, no %04d!\n", n)
+	if len(old) != len(fresh) || bytes.Count(module, old) != 1 {
+		return nil, fmt.Errorf("%s does not hold its greeting exactly once", guest)
+	}
+	return bytes.Replace(module, old, fresh, 1), nil
+}
+
+// quantile of sorted values: 0.5 is the median, 1 the greatest.
+func quantile(values []time.Duration, q float64) time.Duration {
+	if len(values) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[int(q*float64(len(sorted)-1)+0.5)]
+}
+
+func ms(d time.Duration) string {
+	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'f', 2, 64) + " ms"
+}
+
+func times(a, b time.Duration) string {
+	if b <= 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.1f×", float64(a)/float64(b))
+}
+
+// submit deploys a module and wants it ready.
+func (b *bench) submit(ctx context.Context, name string, module []byte, query string) (v1alpha1.Function, time.Duration, error) {
+	a, err := b.dev.Submit(ctx, name, module, query, nil)
+	if err != nil {
+		return v1alpha1.Function{}, 0, err
+	}
+	f, err := a.Function()
+	if err == nil && f.State != v1alpha1.StateReady {
+		err = fmt.Errorf("%s is not ready: %s", name, a.Body)
+	}
+	return f, a.Took, err
+}
+
+func (b *bench) remove(ctx context.Context, name string) error {
+	a, err := b.dev.Do(ctx, http.MethodDelete, "/v1/functions/"+name, nil, nil)
+	if err == nil && a.Status != http.StatusNoContent {
+		err = fmt.Errorf("deleting %s: %s", name, a)
+	}
+	return err
+}
+
+// get is one request that must succeed.
+func get(ctx context.Context, client *http.Client, url string) (time.Duration, http.Header, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	start := time.Now()
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	took := time.Since(start)
+	if err != nil {
+		return 0, nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return 0, nil, fmt.Errorf("GET %s: %s %s", url, resp.Status, body)
+	}
+	return took, resp.Header, nil
+}
+
+// client is a keep-alive client of its own with n connections.
+func (b *bench) client(n int) *http.Client {
+	dialer := &net.Dialer{}
+	return &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "tcp", b.dev.Address)
+		},
+		MaxIdleConnsPerHost: n, MaxConnsPerHost: n, DisableCompression: true,
+	}}
+}
+
+var timingEntry = regexp.MustCompile(`([a-z]+);(?:[^,]*;)?dur=([0-9.]+)`)
+
+// serverTiming reads durations out of a Server-Timing header.
+func serverTiming(h http.Header) map[string]time.Duration {
+	out := map[string]time.Duration{}
+	for _, m := range timingEntry.FindAllStringSubmatch(strings.Join(h.Values("Server-Timing"), ","), -1) {
+		if v, err := strconv.ParseFloat(m[2], 64); err == nil {
+			out[m[1]] = time.Duration(v * float64(time.Millisecond))
+		}
+	}
+	return out
+}
+
+// firstRequests deploys functions nobody has seen and asks each once, over a
+// new connection, as soon as its submit says ready.
+func firstRequests(ctx context.Context, b *bench) error {
+	for _, lang := range languages {
+		var first, total []time.Duration
+		phases := map[string][]time.Duration{}
+		server := map[string][]time.Duration{}
+		var order []string
+		for i := range b.functions {
+			name := fmt.Sprintf("first-%s-%d", strings.ToLower(lang.name), i)
+			module, err := variant(ctx, lang.guest, i)
+			if err != nil {
+				return err
+			}
+			f, took, err := b.submit(ctx, name, module, "")
+			if err != nil {
+				return err
+			}
+			client := b.client(1)
+			asked, header, err := get(ctx, client, b.dev.HostURL(name, "/"))
+			client.CloseIdleConnections()
+			if err != nil {
+				return err
+			}
+			if i == 0 {
+				continue // starts the tenant's worker and fills caches of the machine
+			}
+			first, total = append(first, asked), append(total, took)
+			for _, p := range f.Phases {
+				if phases[p.Name] == nil {
+					order = append(order, p.Name)
+				}
+				phases[p.Name] = append(phases[p.Name], time.Duration(p.Milliseconds*float64(time.Millisecond)))
+			}
+			for k, v := range serverTiming(header) {
+				server[k] = append(server[k], v)
+			}
+		}
+		b.table.title(fmt.Sprintf("First request ever to a submitted %s function (%d functions, new connection)", lang.name, len(first)))
+		target := firstTargetC
+		if lang.name == "Go" {
+			target = firstTargetGo
+		}
+		p50 := quantile(first, 0.5)
+		b.table.hold("p50", ms(p50), "", "≤ "+ms(target), p50 <= target)
+		b.table.add("p99", ms(quantile(first, 0.99)), times(quantile(first, 0.99), p50)+" p50")
+		for _, k := range []string{"queue", "load", "instantiate", "firstbyte"} {
+			b.table.add("  Server-Timing "+k+" p50", ms(quantile(server[k], 0.5)), "")
+		}
+		b.table.title(fmt.Sprintf("Submit to ready, %s function, median of %d", lang.name, len(total)))
+		whole := quantile(total, 0.5)
+		b.table.add("whole", ms(whole), "")
+		for _, p := range order {
+			v := quantile(phases[p], 0.5)
+			b.table.add("  "+p, ms(v), fmt.Sprintf("%.0f %%", 100*float64(v)/float64(whole)))
+		}
+	}
+	return nil
+}
+
+// storeHits deploys modules again that the store has compiled before.
+func storeHits(ctx context.Context, b *bench) error {
+	b.table.title("Compiled before against compiling")
+	for _, lang := range languages {
+		// A deleted function's object stays in the store until the space is
+		// needed, so the second submit of the same bytes finds it.
+		var first, second, loads, compiles []time.Duration
+		for i := range max(3, b.rounds) {
+			name := fmt.Sprintf("hit-%s-%d", strings.ToLower(lang.name), i)
+			module, err := variant(ctx, lang.guest, 5000+i)
+			if err != nil {
+				return err
+			}
+			for again := range 2 {
+				f, took, err := b.submit(ctx, name, module, "")
+				if err != nil {
+					return err
+				}
+				compiled := false
+				for _, p := range f.Phases {
+					v := time.Duration(p.Milliseconds * float64(time.Millisecond))
+					switch p.Name {
+					case "compile":
+						compiled = v > 0
+						if again == 0 {
+							compiles = append(compiles, v)
+						}
+					case "load":
+						if again == 1 {
+							loads = append(loads, v)
+						}
+					}
+				}
+				if again == 1 && compiled {
+					return fmt.Errorf("%s was compiled again although the store had it: %v", name, f.Phases)
+				}
+				if again == 0 {
+					first = append(first, took)
+				} else {
+					second = append(second, took)
+				}
+				if err := b.remove(ctx, name); err != nil {
+					return err
+				}
+			}
+		}
+		compile, load := quantile(compiles, 0.5), quantile(loads, 0.5)
+		ratio := float64(compile) / float64(max(load, 1))
+		b.table.hold(lang.name+": load of a store hit", ms(load), fmt.Sprintf("compile %s, %.1f× faster", ms(compile), ratio), fmt.Sprintf("≥ %.0f×", hitTarget), ratio >= hitTarget)
+		b.table.add(lang.name+": submit of known bytes", ms(quantile(second, 0.5)), "first submit "+ms(quantile(first, 0.5)))
+	}
+	return nil
+}
+
+// warmRequests asks one function again and again.
+func warmRequests(ctx context.Context, b *bench) error {
+	for _, lang := range languages {
+		name := "warm-" + strings.ToLower(lang.name)
+		module, err := variant(ctx, lang.guest, 6000)
+		if err != nil {
+			return err
+		}
+		if _, _, err := b.submit(ctx, name, module, ""); err != nil {
+			return err
+		}
+		b.table.title("Warm requests, " + lang.name + " function, keep-alive")
+		var one float64
+		for _, connections := range []int{1, 8} {
+			took, err := b.throughput(ctx, name, connections)
+			if err != nil {
+				return err
+			}
+			rps := float64(len(took)) / b.load.Seconds()
+			relation := ""
+			if connections == 1 {
+				b.warm[lang.name] = quantile(took, 0.5)
+				one = rps
+			} else {
+				relation = fmt.Sprintf("%.1f× one connection", rps/one)
+			}
+			b.table.add(fmt.Sprintf("%d connections: p50", connections), ms(quantile(took, 0.5)), "")
+			b.table.add(fmt.Sprintf("%d connections: p99", connections), ms(quantile(took, 0.99)), "")
+			b.table.add(fmt.Sprintf("%d connections: requests per second", connections), fmt.Sprintf("%.0f", rps), relation)
+		}
+	}
+	return nil
+}
+
+func (b *bench) throughput(ctx context.Context, name string, connections int) ([]time.Duration, error) {
+	client := b.client(connections)
+	defer client.CloseIdleConnections()
+	url := b.dev.HostURL(name, "/")
+	for range 50 {
+		if _, _, err := get(ctx, client, url); err != nil {
+			return nil, err
+		}
+	}
+	var mu sync.Mutex
+	var all []time.Duration
+	var failed error
+	var group sync.WaitGroup
+	end := time.Now().Add(b.load)
+	for range connections {
+		group.Go(func() {
+			var mine []time.Duration
+			var err error
+			for err == nil && time.Now().Before(end) {
+				var took time.Duration
+				if took, _, err = get(ctx, client, url); err == nil {
+					mine = append(mine, took)
+				}
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all, failed = append(all, mine...), errors.Join(failed, err)
+		})
+	}
+	group.Wait()
+	return all, failed
+}
+
+// freshProcesses runs the same Wasm as a process per request, wazero's own
+// file cache warmed.
+func freshProcesses(ctx context.Context, b *bench) error {
+	root, err := guests.Root()
+	if err != nil {
+		return err
+	}
+	program, cache := filepath.Join(b.dir, "freshprocess"), filepath.Join(b.dir, "wazero-cache")
+	build := exec.CommandContext(ctx, "go", "build", "-o", program, "./test/bench/freshprocess")
+	build.Dir = root
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("building freshprocess: %w\n%s", err, out)
+	}
+	b.table.title("The same Wasm as a fresh process per request (wazero with its own cache, warmed)")
+	for _, lang := range languages {
+		module, err := variant(ctx, lang.guest, 6000)
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(b.dir, lang.guest+".wasm")
+		if err := os.WriteFile(path, module, 0o644); err != nil {
+			return err
+		}
+		var took []time.Duration
+		for i := range 10 * b.rounds {
+			cmd := exec.CommandContext(ctx, program, cache, path)
+			cmd.Env = []string{"REQUEST_METHOD=GET", "PATH_INFO=/", "QUERY_STRING=", "GATEWAY_INTERFACE=CGI/1.1"}
+			start := time.Now()
+			out, err := cmd.Output()
+			if err != nil {
+				return fmt.Errorf("running %s: %w", lang.guest, err)
+			}
+			if !bytes.Contains(out, []byte("Hello")) {
+				return fmt.Errorf("%s said %q", lang.guest, out)
+			}
+			if i > 0 { // the first one compiles
+				took = append(took, time.Since(start))
+			}
+		}
+		relation := ""
+		if warm := b.warm[lang.name]; warm > 0 {
+			relation = times(quantile(took, 0.5), warm) + " a warm request"
+		}
+		b.table.add(lang.name+": p50", ms(quantile(took, 0.5)), relation)
+		b.table.add(lang.name+": p99", ms(quantile(took, 0.99)), "")
+	}
+	return nil
+}
+
+// deadlines asks guests that never end and measures how long after their
+// deadline the answer has arrived at the client.
+func deadlines(ctx context.Context, b *bench) error {
+	const deadline = 200 * time.Millisecond
+	b.table.title(fmt.Sprintf("How late after its deadline (%v) a guest is stopped, seen by the client, %d requests each", deadline, b.kills))
+	bystander, err := variant(ctx, "hello", 7000)
+	if err != nil {
+		return err
+	}
+	if _, _, err := b.submit(ctx, "bystander", bystander, ""); err != nil {
+		return err
+	}
+	for _, guest := range []string{"spin", "call-tree", "bulk-fill", "recurse-spin", "zero-writes", "entropy-flood", "sleep", "go-spin"} {
+		path, err := guests.Compile(ctx, guest)
+		if err != nil {
+			return err
+		}
+		module, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		name := "late-" + guest
+		if _, _, err := b.submit(ctx, name, module, fmt.Sprintf("?timeoutMs=%d", deadline.Milliseconds())); err != nil {
+			return err
+		}
+		var late []time.Duration
+		for range b.kills {
+			a, err := b.dev.Do(ctx, http.MethodGet, b.dev.PathURL(name, "/"), nil, nil)
+			if err != nil {
+				return err
+			}
+			if a.Status != http.StatusGatewayTimeout {
+				return fmt.Errorf("%s: want 504, got %s", guest, a)
+			}
+			late = append(late, a.Took-deadline)
+		}
+		worst := quantile(late, 1)
+		b.table.hold(guest+": worst", ms(worst), "p50 "+ms(quantile(late, 0.5)), "≤ "+ms(latenessTarget), worst <= latenessTarget)
+	}
+	return nil
+}
+
+// computeBound runs the same work on Hearth over HTTP and in this process on
+// plain wazero and on wazero with WithCloseOnContextDone, in turns.
+func computeBound(ctx context.Context, b *bench) error {
+	path, err := guests.Compile(ctx, "compute")
+	if err != nil {
+		return err
+	}
+	module, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if _, _, err := b.submit(ctx, "compute", module, "?timeoutMs=300000"); err != nil {
+		return err
+	}
+	query := strconv.Itoa(b.compute)
+	plain, err := newRunner(ctx, module, false)
+	if err != nil {
+		return err
+	}
+	defer plain.Close(ctx)
+	checked, err := newRunner(ctx, module, true)
+	if err != nil {
+		return err
+	}
+	defer checked.Close(ctx)
+
+	var hearths, plains, checks []time.Duration
+	for range b.rounds {
+		a, err := b.dev.Do(ctx, http.MethodGet, b.dev.PathURL("compute", "/?"+query), nil, nil)
+		if err != nil {
+			return err
+		}
+		if a.Status != http.StatusOK {
+			return fmt.Errorf("compute: %s", a)
+		}
+		hearths = append(hearths, a.Took)
+		for runner, took := range map[*runner]*[]time.Duration{plain: &plains, checked: &checks} {
+			out, d, err := runner.run(ctx, query)
+			if err != nil {
+				return err
+			}
+			if !bytes.HasSuffix(bytes.TrimSpace(out), bytes.TrimSpace(a.Body)) {
+				return fmt.Errorf("results differ: %q here, %q from Hearth", out, a.Body)
+			}
+			*took = append(*took, d)
+		}
+	}
+	b.table.title(fmt.Sprintf("A compute-bound C guest (best of %d turns; over HTTP for Hearth, in process for the others)", b.rounds))
+	hearth, bare, ctxDone := quantile(hearths, 0), quantile(plains, 0), quantile(checks, 0)
+	overhead := float64(hearth)/float64(bare) - 1
+	b.table.hold("Hearth, interruptible", ms(hearth), fmt.Sprintf("%+.1f %% against plain", 100*overhead), fmt.Sprintf("≤ +%.0f %%", 100*computeTarget), overhead <= computeTarget)
+	b.table.add("plain wazero, cannot be stopped", ms(bare), "")
+	b.table.add("wazero WithCloseOnContextDone", ms(ctxDone), times(ctxDone, hearth)+" Hearth")
+	return nil
+}
+
+// runner runs one module in this process.
+type runner struct {
+	wazero.Runtime
+	module wazero.CompiledModule
+}
+
+func newRunner(ctx context.Context, module []byte, closeOnDone bool) (*runner, error) {
+	r := wazero.NewRuntimeWithConfig(ctx, wazero.NewRuntimeConfigCompiler().WithCloseOnContextDone(closeOnDone))
+	if _, err := wasi_snapshot_preview1.Instantiate(ctx, r); err != nil {
+		return nil, err
+	}
+	compiled, err := r.CompileModule(experimental.WithCompilationWorkers(ctx, 2), module)
+	if err != nil {
+		return nil, err
+	}
+	return &runner{Runtime: r, module: compiled}, nil
+}
+
+func (r *runner) run(ctx context.Context, query string) ([]byte, time.Duration, error) {
+	// The checks of WithCloseOnContextDone are made for a context that can end.
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
+	defer cancel()
+	var out bytes.Buffer
+	config := wazero.NewModuleConfig().WithName("").WithStdout(&out).WithEnv("QUERY_STRING", query)
+	start := time.Now()
+	m, err := r.InstantiateModule(ctx, r.module, config)
+	took := time.Since(start)
+	var exit *sys.ExitError
+	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 0) {
+		return nil, 0, err
+	}
+	if m != nil {
+		err = m.Close(ctx)
+	} else {
+		err = nil
+	}
+	return out.Bytes(), took, err
+}
+
+// idleMemory deploys many functions on a product of its own and looks at what
+// each adds to all processes together once nothing happens any more.
+func idleMemory(ctx context.Context, b *bench) error {
+	main := b.dev
+	defer func() { b.dev = main }()
+	b.table.title(fmt.Sprintf("Memory of the whole process tree with %d idle functions", b.idle))
+	for _, lang := range languages {
+		d, err := b.start(ctx, main.Binary, "memory")
+		if err != nil {
+			return err
+		}
+		b.dev = d
+		err = b.memoryOf(ctx, lang.name, lang.guest)
+		d.KillAll()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) memoryOf(ctx context.Context, language, guest string) error {
+	// One function first, so that the worker process is in the base.
+	deploy := func(i int) error {
+		module, err := variant(ctx, guest, i)
+		if err != nil {
+			return err
+		}
+		name := fmt.Sprintf("idle-%d", i)
+		if _, _, err := b.submit(ctx, name, module, ""); err != nil {
+			return err
+		}
+		_, _, err = get(ctx, b.dev.HTTP, b.dev.HostURL(name, "/"))
+		return err
+	}
+	if err := deploy(0); err != nil {
+		return err
+	}
+	before, err := b.calm(ctx)
+	if err != nil {
+		return err
+	}
+	for i := 1; i <= b.idle; i++ {
+		if err := deploy(i); err != nil {
+			return err
+		}
+	}
+	after, err := b.calm(ctx)
+	if err != nil {
+		return err
+	}
+	each := func(before, after uint64) uint64 { return (max(after, before) - before) / uint64(b.idle) }
+	pss := each(before.PSS, after.PSS)
+	b.table.hold(language+": each function adds (PSS)", mib(pss), fmt.Sprintf("all together %s → %s", mib(before.PSS), mib(after.PSS)), "< "+mib(memoryTarget), pss < memoryTarget)
+	b.table.add(language+": each function adds (RSS)", mib(each(before.RSS, after.RSS)), fmt.Sprintf("all together %s → %s", mib(before.RSS), mib(after.RSS)))
+	return nil
+}
+
+// calm waits until memory has stopped changing, half a minute at most, and
+// returns the last look.
+func (b *bench) calm(ctx context.Context) (harness.Memory, error) {
+	var last harness.Memory
+	for range 15 {
+		select {
+		case <-ctx.Done():
+			return last, ctx.Err()
+		case <-time.After(2 * time.Second):
+		}
+		now, err := b.dev.Memory()
+		if err != nil {
+			return last, err
+		}
+		change := int64(now.PSS) - int64(last.PSS)
+		last = now
+		if max(change, -change) < 1<<20 {
+			break
+		}
+	}
+	return last, nil
+}
+
+func mib(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

@@ -1,0 +1,2 @@
+/* Hostile: ends well without saying anything. */
+int main(void) { return 0; }

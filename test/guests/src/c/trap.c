@@ -1,0 +1,2 @@
+/* Hostile: an unreachable instruction. */
+int main(void) { __builtin_trap(); }
