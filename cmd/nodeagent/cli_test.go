@@ -276,7 +276,6 @@ func TestOutputOfEachCommand(t *testing.T) {
 		{"submit-failed", []string{"submit", broken}, exitRefused, ""},
 		{"submit-not-waiting", []string{"submit", slow, "--wait", "0"}, 0, ""},
 		{"submit-missing", []string{"submit", "no-such-file"}, exitUsage, ""},
-		{"submit-no-name", []string{"submit", wasmFile(t, "123.wasm")}, exitUsage, ""},
 		{"logs", []string{"logs", "hello", "--tail", "5", "--since", "10m"}, 0, "follow=false&since=2026-01-02T02%3A54%3A05Z&tail=5"},
 		{"logs-json", []string{"logs", "hello", "-o", "json"}, 0, "follow=false&tail=100"},
 		{"invoke", []string{"invoke", "hello", "/greet?name=Ada"}, 0, ""},
@@ -369,8 +368,8 @@ func TestInterruptIsNoError(t *testing.T) {
 	}
 }
 
-// agent serves a node's status on a socket.
-func agent(t *testing.T, report func(r *health.Registry)) string {
+// serveAgent serves a node's status on a socket.
+func serveAgent(t *testing.T, report func(r *health.Registry)) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "agent.sock")
 	ln, err := localsocket.Listen(path)
@@ -424,7 +423,7 @@ func TestStatus(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			socket := agent(t, func(r *health.Registry) {
+			socket := serveAgent(t, func(r *health.Registry) {
 				registry := r.Register(health.Definition{Code: "registry", Severity: v1alpha1.SeverityCritical, Remedy: "restart nodeagent"})
 				engine := r.Register(health.Definition{Code: "engine", Severity: v1alpha1.SeverityCritical, DependsOn: []string{"registry"}, Remedy: "wait"})
 				disk := r.Register(health.Definition{Code: "disk", Severity: v1alpha1.SeverityWarning, Remedy: "free some space"})
@@ -475,7 +474,7 @@ func TestStatusOfNobody(t *testing.T) {
 
 func TestDoctorLooksAtTheRealMachine(t *testing.T) {
 	a := newFakeAPI(t)
-	socket := agent(t, func(r *health.Registry) {
+	socket := serveAgent(t, func(r *health.Registry) {
 		r.Register(health.Definition{Code: "x", Severity: v1alpha1.SeverityCritical}).OK("")
 	})
 	dir := t.TempDir()
@@ -717,7 +716,7 @@ func TestEveryCommandAndOptionSaysWhatItIs(t *testing.T) {
 
 func TestRemediesAreForProblemsThatExist(t *testing.T) {
 	// The gateway's own, which the API does not know.
-	kinds := map[string]bool{"function-not-ready": true, "function-out-of-memory": true, "function-timeout": true, "too-many-requests": true}
+	kinds := map[string]bool{"function-not-ready": true, "function-out-of-memory": true, "deadline-exceeded": true, "too-many-requests": true}
 	for _, k := range submit.Problems() {
 		kinds[k.Code] = true
 	}

@@ -127,7 +127,7 @@ var remedies = map[string]string{
 	"not-ready":              "see `nodeagent status` on the server, then try again",
 	"function-not-ready":     "try again in a moment; `nodeagent functions get NAME` says how far it is",
 	"function-out-of-memory": "raise the limit with `nodeagent functions set NAME --memory SIZE`",
-	"function-timeout":       "raise the limit with `nodeagent functions set NAME --timeout DURATION`, or make it faster",
+	"deadline-exceeded":      "raise the limit with `nodeagent functions set NAME --timeout DURATION`, or make it faster",
 	"too-many-requests":      "try again later, or raise `nodeagent functions set NAME --concurrency N`",
 	"idempotency-mismatch":   "try again",
 	"unsupported-media-type": "the server may be older than this command: compare `nodeagent --version` on both",

@@ -183,7 +183,7 @@ func reportChange(c *cli.Context, f v1alpha1.Function, o outcome) error {
 	case v1alpha1.StateFailed:
 		message, remedy := fmt.Sprintf("revision %d of %s cannot be served", f.Revision, f.Name), ""
 		if f.Error != nil {
-			message += ": " + printable(f.Error.Detail)
+			message += ": " + printable(strings.TrimSuffix(f.Error.Detail, "."))
 			remedy = problemRemedy(&client.ProblemError{Problem: v1alpha1.Problem{Type: f.Error.Code}})
 		}
 		if f.ActiveRevision > 0 && f.ActiveRevision != f.Revision {

@@ -1,10 +1,15 @@
 package dev
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 )
 
@@ -64,23 +69,23 @@ func (l *childLog) line(line []byte) {
 		n, _ := l.file.Write(line)
 		l.size += int64(n)
 	}
-	var record struct {
-		Level slog.Level `json:"level"`
-		Msg   string     `json:"msg"`
-		Error string     `json:"error"`
-	}
-	if json.Unmarshal(line, &record) != nil {
+	var record map[string]any
+	var level slog.Level
+	if json.Unmarshal(line, &record) != nil || record["msg"] == nil || level.UnmarshalText([]byte(fmt.Sprint(record["level"]))) != nil {
 		// Not one of our records: a crash report, which people must see.
-		l.logger.Warn("output of a child", "process", l.name, "line", string(line))
+		l.logger.Warn("output of a child", "process", l.name, "line", strings.TrimSpace(string(line)))
 		return
 	}
-	if record.Level >= l.level {
-		attrs := []any{"process", l.name}
-		if record.Error != "" {
-			attrs = append(attrs, "error", record.Error)
-		}
-		l.logger.Log(nil, record.Level, record.Msg, attrs...) //nolint:staticcheck // no context belongs to a child's line
+	if level < l.level {
+		return
 	}
+	attrs := []slog.Attr{slog.String("process", l.name)}
+	for _, key := range slices.Sorted(maps.Keys(record)) {
+		if key != "time" && key != "level" && key != "msg" {
+			attrs = append(attrs, slog.Any(key, record[key]))
+		}
+	}
+	l.logger.LogAttrs(context.Background(), level, fmt.Sprint(record["msg"]), attrs...)
 }
 
 func (l *childLog) Close() error {

@@ -192,7 +192,14 @@ func (d *dev) prepare(ctx context.Context) error {
 
 // lock makes the data directory ours.
 func (d *dev) lock() error {
-	if err := os.MkdirAll(d.o.DataDir, 0o700); err != nil {
+	mode := os.FileMode(0o700)
+	if os.Geteuid() == 0 {
+		// Root's children run guests and compile under another account,
+		// which has to pass through here to the store, and nowhere else:
+		// what is private has directories of its own with mode 0700.
+		mode = 0o711
+	}
+	if err := os.MkdirAll(d.o.DataDir, mode); err != nil {
 		return fmt.Errorf("create the data directory: %w; choose another with --data-dir", err)
 	}
 	file, err := os.OpenFile(d.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -207,6 +214,10 @@ func (d *dev) lock() error {
 		return fmt.Errorf("lock the data directory: %w", err)
 	}
 	d.closeLater(file.Close)
+	// The engine looks at start whether another account could read here.
+	if err := os.MkdirAll(d.path("store", "objects"), 0o755); err != nil {
+		return fmt.Errorf("create the store's directory: %w", err)
+	}
 	return nil
 }
 

@@ -9,13 +9,12 @@ import (
 	"time"
 
 	"github.com/hearth-sh/hearth/internal/engine/control"
-	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 	"github.com/hearth-sh/hearth/internal/submit"
 )
 
-// readiness asks everything a submit needs, side by side, within the second
-// that a probe waits.
+// readiness asks everything a submit needs beside the database (the API asks
+// that itself), side by side, within the second that a probe waits.
 type readiness struct {
 	d     *dev
 	agent *http.Client
@@ -32,10 +31,6 @@ func (r readiness) Ready(ctx context.Context) []submit.Check {
 		ask    func(context.Context) error
 		remedy string
 	}{
-		{"database", func(ctx context.Context) error {
-			_, err := r.d.store.List(ctx, function.ListOptions{Limit: 1})
-			return err
-		}, "look at the data directory's disk"},
 		{"registry", r.d.embedded.Check, "look at the data directory's disk"},
 		{"agent", r.askAgent, "it is restarted by itself; its log is logs/system/agent.log in the data directory"},
 		{"engine", func(ctx context.Context) error {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -235,7 +236,12 @@ func (n *node) awaitInFlight(function string, want int) {
 func TestBodyThatStallsEndsAtTheDeadline(t *testing.T) {
 	n := startNode(t, nil)
 	n.deploy(n.function("c", "c", func(f *control.Function) { f.TimeoutMS = 500 }))
-	for _, test := range []struct{ length, status string }{{"100", " 408 "}, {"1000000", " 50"}} {
+	// While the guest reads, its own deadline and the body's end together, and
+	// either may speak first.
+	for _, test := range []struct {
+		length string
+		status []string
+	}{{"100", []string{"408"}}, {"1000000", []string{"408", "504"}}} {
 		conn, err := net.Dial("tcp", n.address)
 		if err != nil {
 			t.Fatal(err)
@@ -244,7 +250,7 @@ func TestBodyThatStallsEndsAtTheDeadline(t *testing.T) {
 		_ = conn.SetReadDeadline(time.Now().Add(patience))
 		line, err := bufio.NewReader(conn).ReadString('\n')
 		conn.Close()
-		if err != nil || !strings.Contains(line, test.status) {
+		if fields := strings.Fields(line); err != nil || len(fields) < 2 || !slices.Contains(test.status, fields[1]) {
 			t.Errorf("%q, %v", line, err)
 		}
 	}

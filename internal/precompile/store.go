@@ -168,11 +168,8 @@ func Open(dir string, o StoreOptions) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the store: %w", err)
 	}
-	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := lockFile(s.lock); err != nil {
 		_ = s.lock.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = ErrLocked
-		}
 		return nil, fmt.Errorf("lock the store %s: %w", dir, err)
 	}
 	if s.metrics, err = newMetrics(o.Registerer, s.Usage); err != nil {
@@ -189,6 +186,28 @@ func Open(dir string, o StoreOptions) (*Store, error) {
 	}
 	s.closing, s.close = context.WithCancel(context.Background())
 	return s, nil
+}
+
+// lockPatience is how long Open waits for the lock. A writer that was killed
+// while it started a child leaves the lock to that child until it executes
+// its program, some milliseconds on a busy machine.
+const lockPatience = 2 * time.Second
+
+func lockFile(f *os.File) error {
+	deadline := time.After(lockPatience)
+	retry := time.NewTicker(10 * time.Millisecond)
+	defer retry.Stop()
+	for {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return err
+		}
+		select {
+		case <-deadline:
+			return ErrLocked
+		case <-retry.C:
+		}
+	}
 }
 
 // Close waits for running work, which it cancels, and gives up the lock.

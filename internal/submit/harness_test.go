@@ -151,6 +151,7 @@ func (f *fixture) Fetch(_ context.Context, image, dst string, _ int64) (v1alpha1
 		return v1alpha1.Artifact{}, f.pubErr
 	}
 	host, repository, _ := strings.Cut(image, "/")
+	repository, _, _ = strings.Cut(repository, ":")
 	return v1alpha1.Artifact{Registry: host, Repository: repository, Digest: "sha256:" + hash(f.image)}, os.WriteFile(dst, f.image, 0o600)
 }
 

@@ -79,11 +79,9 @@ func (s *Server) report(w http.ResponseWriter, r *http.Request) error {
 	if r.ContentLength > maxReportBytes {
 		return bodyProblem(errBodySize, "body-too-large", maxReportBytes)
 	}
-	body := s.body(w, r, maxReportBytes)
-	data, err := io.ReadAll(body)
-	body.done()
+	data, err := s.readAll(w, r, maxReportBytes)
 	if err != nil {
-		return bodyProblem(err, "body-too-large", maxReportBytes)
+		return err
 	}
 	var report v1alpha1.NodeReport
 	if err := json.Unmarshal(data, &report); err != nil {

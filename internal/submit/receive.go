@@ -92,8 +92,10 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// done takes the deadline off the connection: left there it would end the
-// wait for the answer, which reads to notice that the client went away.
+// done takes the deadline off the connection after a whole body: left there it
+// would end the wait for the answer, which reads to notice that the client
+// went away. After an error it stays: net/http reads what is left of a body
+// before it answers, and would wait for a stalled sender forever.
 func (b *bodyReader) done() { _ = b.rc.SetReadDeadline(time.Time{}) }
 
 // bodyProblem answers an error of reading a body. tooLarge is the problem
@@ -154,10 +156,10 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, media string, p
 			return nil, bodyProblem(errBodySize, "module-too-large", limit)
 		}
 		body := s.body(w, r, limit)
-		defer body.done()
 		if err := s.store(b, body); err != nil {
 			return nil, bodyProblem(err, "module-too-large", limit)
 		}
+		body.done()
 		b.content = b.digest
 
 	case "multipart/form-data":
@@ -165,11 +167,14 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, media string, p
 			return nil, bodyProblem(errBodySize, "module-too-large", limit)
 		}
 		body := s.body(w, r, limit+maxMultipartOverhead)
-		defer body.done()
 		settings, err := s.receiveParts(b, multipart.NewReader(body, params["boundary"]))
+		if err == nil {
+			_, err = io.Copy(io.Discard, body) // what may follow the last boundary
+		}
 		if err != nil {
 			return nil, bodyProblem(err, "module-too-large", limit)
 		}
+		body.done()
 		b.content = hash([]byte(b.digest + "\n" + settings))
 	}
 	b.receive = time.Since(started)
@@ -277,12 +282,17 @@ func (s *Server) readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error
 	if r.ContentLength > maxJSONBytes {
 		return nil, bodyProblem(errBodySize, "body-too-large", maxJSONBytes)
 	}
-	body := s.body(w, r, maxJSONBytes)
-	defer body.done()
+	return s.readAll(w, r, maxJSONBytes)
+}
+
+// readAll reads a body of at most max bytes into memory.
+func (s *Server) readAll(w http.ResponseWriter, r *http.Request, max int64) ([]byte, error) {
+	body := s.body(w, r, max)
 	data, err := io.ReadAll(body)
 	if err != nil {
-		return nil, bodyProblem(err, "body-too-large", maxJSONBytes)
+		return nil, bodyProblem(err, "body-too-large", max)
 	}
+	body.done()
 	return data, nil
 }
 

@@ -24,6 +24,10 @@ const (
 	defaultStall     = 10 * time.Second
 	defaultReceive   = 10 * time.Minute
 	defaultWork      = 2 * time.Minute
+
+	// refusedBody is how long the rest of a refused body may take: what is on
+	// its way already arrives, a stalled sender does not delay its answer.
+	refusedBody = 500 * time.Millisecond
 )
 
 // Server is the API. Its methods are safe for concurrent use.
@@ -231,11 +235,18 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 		r = r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id))
 
 		err := serve(s, w, r)
-		gone := errors.Is(err, errClientGone) || (err != nil && r.Context().Err() != nil && w.status == 0)
 		var p *problem
+		// net/http also cancels the context when a read deadline passes, so with
+		// an answer at hand it says nothing of the client.
+		gone := err != nil && (errors.Is(err, errClientGone) || (r.Context().Err() != nil && !errors.As(err, &p)))
+		begun := w.status != 0
 		if err != nil && !gone {
 			p = toProblem(err)
-			if w.status == 0 {
+			if !begun {
+				if r.ContentLength != 0 {
+					// net/http reads on in a refused body before it answers.
+					_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
+				}
 				p.reply("urn:uuid:" + id).write(w)
 			}
 		}
@@ -245,7 +256,7 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 		}
 		s.metrics.request(route, r.Method, code, time.Since(started))
 		s.logRequest(r, route, id, code, time.Since(started), p)
-		if err != nil && w.status != 0 && p != nil && p.kind.Code == "internal" {
+		if begun && p != nil {
 			// Headers are out; cut the connection so that the client notices.
 			panic(http.ErrAbortHandler)
 		}

@@ -391,6 +391,18 @@ func TestEveryProblemHappensAndChangesNothing(t *testing.T) {
 		a.want(408).problem("body-stalled")
 		f.do("GET", "/v1/functions/slow", nil).want(404)
 	})
+	t.Run("refused while the body stalls", func(t *testing.T) {
+		conn := dial(t, f.url)
+		fmt.Fprint(conn, "PUT /v1/functions/slow HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 1000\r\n\r\nx")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if resp.StatusCode != 415 {
+			t.Fatal(resp.Status)
+		}
+	})
 	t.Run("too large without a length", func(t *testing.T) {
 		f.t = t
 		conn := dial(t, f.url)
