@@ -139,6 +139,8 @@ var remedies = map[string]string{
 func problemRemedy(p *client.ProblemError) string {
 	remedy := remedies[p.Code()]
 	switch {
+	case strings.Contains(p.Detail, "`nodeagent "):
+		return "" // it says so itself
 	case remedy != "":
 		return remedy
 	case p.RetryAfter > 0:

@@ -27,5 +27,5 @@ func (c checker) Check(ctx context.Context, path string, memoryMiB int) (submit.
 		}
 		return submit.CheckReport{}, err
 	}
-	return submit.CheckReport{Kind: report.Kind, Digest: report.ModuleDigest}, nil
+	return submit.CheckReport{Kind: report.Kind, Digest: report.ModuleDigest, MemoryMinPages: uint32(min(report.MemoryMinPages, 1<<16))}, nil
 }

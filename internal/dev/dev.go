@@ -132,6 +132,7 @@ type dev struct {
 	registry net.Listener // loopback port of the registry
 	api      net.Listener
 	servers  []*http.Server
+	submit   *submit.Server
 	engine   *supervise.Process
 	agent    *supervise.Process
 	control  *control.Client
@@ -341,6 +342,7 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 	if d.api, err = localsocket.Listen(paths.APISocket(d.o.DataDir)); err != nil {
 		return err
 	}
+	d.submit = api
 	mux := http.NewServeMux()
 	mux.Handle("/node/", api.NodeHandler())
 	mux.Handle("/v2/", d.embedded.Handler())
@@ -439,9 +441,11 @@ func (d *dev) startChildren(ctx context.Context, group *errgroup.Group) error {
 func (d *dev) stop(group *errgroup.Group) error {
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownDeadline)
 	defer cancel()
+	if d.submit != nil {
+		d.submit.Close() // long polls, followed logs and waits end now
+	}
 	for _, server := range d.servers {
 		if err := server.Shutdown(ctx); err != nil {
-			// Long polls and followed logs do not end by themselves.
 			_ = server.Close()
 		}
 	}

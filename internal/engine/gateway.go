@@ -129,6 +129,9 @@ func (x *exchange) serve() {
 		x.fail(problem)
 		return
 	}
+	if body.stream != nil {
+		defer body.stream.detach()
+	}
 	if err := f.limiter.acquire(ctx); err != nil {
 		x.queue = time.Since(x.arrived)
 		x.failQueue(err)
@@ -180,6 +183,9 @@ func (x *exchange) readBody() (requestBody, *v1alpha1.Problem) {
 	}
 	_ = x.rc.SetReadDeadline(x.deadline) // only fails without a connection
 	limited := &limitedBody{body: r.Body, rc: x.rc, left: v1alpha1.MaxRequestBytes}
+	// Or the server would end the body when the answer begins. A client that
+	// sends all before it reads is held up until the deadline at most.
+	_ = x.rc.EnableFullDuplex() // only fails for other protocols, which have it
 	if r.ContentLength > worker.SmallBody {
 		return requestBody{stream: limited, length: r.ContentLength}, nil
 	}
@@ -214,8 +220,9 @@ type limitedBody struct {
 	left int64
 	done bool // read to its end
 
-	mu  sync.Mutex
-	err error
+	mu       sync.Mutex
+	err      error
+	detached bool
 }
 
 func (b *limitedBody) Read(p []byte) (int, error) {
@@ -245,7 +252,19 @@ func (b *limitedBody) Read(p []byte) (int, error) {
 // client went away.
 func (b *limitedBody) finish() {
 	b.done = true
-	_ = b.rc.SetReadDeadline(time.Time{}) // only fails without a connection
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.detached {
+		_ = b.rc.SetReadDeadline(time.Time{}) // only fails without a connection
+	}
+}
+
+// detach ends what the body may do to the connection: the transport can go on
+// reading for a moment when the connection is the next request's already.
+func (b *limitedBody) detach() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.detached = true
 }
 
 func (b *limitedBody) fail(err error) {

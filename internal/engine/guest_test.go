@@ -41,7 +41,10 @@ func TestGuestsAnswerUnderBothURLForms(t *testing.T) {
 func TestHostileGuestsHarmOnlyTheirRequest(t *testing.T) {
 	n := startNode(t, nil)
 	short := func(f *control.Function) { f.TimeoutMS, f.MemoryMiB = 1000, 32 }
-	n.deploy(n.function("bad", "c", short), n.function("good", "c", nil), n.function("badgo", "go", short))
+	// For guests that end by themselves, on a machine that may be slow.
+	patient := func(f *control.Function) { f.TimeoutMS, f.MemoryMiB = 30_000, 32 }
+	n.deploy(n.function("bad", "c", short), n.function("good", "c", nil), n.function("badgo", "go", short),
+		n.function("faulty", "c", patient), n.function("faultygo", "go", patient))
 	pid := n.worker("default").PID
 	tests := []struct {
 		function, path string
@@ -50,12 +53,12 @@ func TestHostileGuestsHarmOnlyTheirRequest(t *testing.T) {
 		detail         string
 	}{
 		{"bad", "/spin", 504, "deadline-exceeded", ""},
-		{"bad", "/recurse", 502, "stack-overflow", "recursion"},
-		{"bad", "/memory", 502, "function-out-of-memory", "32 MiB"},
-		{"bad", "/exit", 502, "function-exited", "code 1"},
-		{"bad", "/garbage", 502, "invalid-response", "this is not a header"},
-		{"bad", "/nothing", 502, "invalid-response", ""},
-		{"bad", "/trap", 502, "function-trapped", "unreachable"},
+		{"faulty", "/recurse", 502, "stack-overflow", "recursion"},
+		{"faulty", "/memory", 502, "function-out-of-memory", "32 MiB"},
+		{"faulty", "/exit", 502, "function-exited", "code 1"},
+		{"faulty", "/garbage", 502, "invalid-response", "this is not a header"},
+		{"faulty", "/nothing", 502, "invalid-response", ""},
+		{"faulty", "/trap", 502, "function-trapped", "unreachable"},
 		{"bad", "/sleep", 504, "deadline-exceeded", ""},
 		{"bad", "/stdin", 504, "deadline-exceeded", ""},
 		{"bad", "/iovs", 504, "deadline-exceeded", ""},
@@ -63,8 +66,8 @@ func TestHostileGuestsHarmOnlyTheirRequest(t *testing.T) {
 		{"bad", "/entropy", 504, "deadline-exceeded", ""},
 		{"bad", "/stderr", 504, "deadline-exceeded", ""},
 		{"badgo", "/spin", 504, "deadline-exceeded", ""},
-		{"badgo", "/panic", 502, "function-exited", "code 2"},
-		{"badgo", "/memory", 502, "function-out-of-memory", "32 MiB"},
+		{"faultygo", "/panic", 502, "function-exited", "code 2"},
+		{"faultygo", "/memory", 502, "function-out-of-memory", "32 MiB"},
 	}
 	for _, test := range tests {
 		t.Run(test.function+test.path, func(t *testing.T) {
@@ -78,13 +81,13 @@ func TestHostileGuestsHarmOnlyTheirRequest(t *testing.T) {
 		})
 	}
 	t.Run("endless stdout is cut off", func(t *testing.T) {
-		if a := n.get("bad", "/stdout"); a.StatusCode != 200 || a.err == nil {
+		if a := n.get("faulty", "/stdout"); a.StatusCode != 200 || a.err == nil {
 			t.Errorf("status %d, error %v, %d bytes", a.StatusCode, a.err, len(a.body))
 		}
 		wantBody(t, n.get("good", "/"), 200, "hello from c\n")
 	})
 	t.Run("failure after the answer began is cut off", func(t *testing.T) {
-		if a := n.get("bad", "/late-exit"); a.err == nil {
+		if a := n.get("faulty", "/late-exit"); a.err == nil {
 			t.Errorf("the client takes %q for the whole", a.body)
 		}
 	})
@@ -92,7 +95,7 @@ func TestHostileGuestsHarmOnlyTheirRequest(t *testing.T) {
 		t.Errorf("worker %d was %d, %d restarts: %s", w.PID, pid, w.Restarts, w.LastExit)
 	}
 	n.eventually("the log says why requests failed", func() bool {
-		for _, l := range n.lines("bad", control.LogOptions{}) {
+		for _, l := range n.lines("faulty", control.LogOptions{}) {
 			if l.Stream == "system" && strings.Contains(l.Line, "function-trapped") && l.Request != "" {
 				return true
 			}

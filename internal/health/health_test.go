@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -349,9 +350,9 @@ func TestServerOnItsSocket(t *testing.T) {
 func TestStatusDoesNotWaitForAPartThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})
-		calls := 0
+		var calls atomic.Int32
 		s := NewServer(ServerOptions{Registry: NewRegistry(Options{}), Sections: func(ctx context.Context) Sections {
-			calls++
+			calls.Add(1)
 			<-release // deaf to its context
 			return fullSections(ctx)
 		}})
@@ -361,8 +362,8 @@ func TestStatusDoesNotWaitForAPartThatHangs(t *testing.T) {
 				t.Error("sections came from nowhere")
 			}
 		}
-		if d := time.Since(start); d != 3*sectionsWait || calls != 1 {
-			t.Errorf("took %v, %d calls", d, calls)
+		if d := time.Since(start); d != 3*sectionsWait || calls.Load() != 1 {
+			t.Errorf("took %v, %d calls", d, calls.Load())
 		}
 		close(release)
 		synctest.Wait()

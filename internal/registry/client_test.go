@@ -292,7 +292,8 @@ func TestPullOverBrokenRegistries(t *testing.T) {
 			f.times.Store(c.times)
 			cl := newClient(t, host, func(o *ClientOptions) {
 				if strings.HasPrefix(c.fault, "stall") {
-					o.StallTimeout = 50 * time.Millisecond
+					// Long enough for a busy machine to move a byte.
+					o.StallTimeout = 1500 * time.Millisecond
 				}
 			})
 			dir := t.TempDir()

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -64,10 +65,36 @@ func (d *durableDriver) Name() string { return driverName }
 // PutContent is durable when it returns: the inner driver syncs the file and
 // its directory, this one the directories above.
 func (d *durableDriver) PutContent(ctx context.Context, path string, content []byte) error {
+	if strings.Contains(path, "/_uploads/") {
+		return d.putScratch(path, content)
+	}
 	if err := d.StorageDriver.PutContent(ctx, path, content); err != nil {
 		return err
 	}
 	return d.syncParents(filepath.Dir(filepath.Join(d.root, path)))
+}
+
+// putScratch writes the bookkeeping of an upload in progress (its start time,
+// the state of its hash). Start removes uploads, so syncing these files, half
+// of all syncs of a push, would buy nothing. They are replaced atomically all
+// the same: a resumed upload reads them.
+func (d *durableDriver) putScratch(path string, content []byte) error {
+	full := filepath.Join(d.root, path)
+	if err := os.MkdirAll(filepath.Dir(full), 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(full), "."+filepath.Base(full)+"-*.tmp")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), full)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
 }
 
 // Move is durable when it returns. Only the destination matters: a source

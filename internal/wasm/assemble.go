@@ -4,6 +4,7 @@ package wasm
 func (lw *lowering) assemble() []byte {
 	if lw.InterruptChecks {
 		lw.emitCheckpoint()
+		lw.emitLease()
 		for _, h := range lw.bulk.order {
 			lw.emitHelper(h)
 		}
@@ -46,8 +47,9 @@ func (lw *lowering) assemble() []byte {
 	items = items[:0]
 	functions := 0
 	if lw.InterruptChecks {
-		functions = 1 + helpers
+		functions = 2 + helpers
 		items = appendU32(items, lw.voidType)
+		items = appendU32(items, lw.leaseType)
 		for range lw.bulk.order {
 			items = appendU32(items, lw.bulkType())
 		}

@@ -57,7 +57,7 @@ func (lw *lowering) helper(h bulkHelper) uint32 {
 			lw.bulk.init[h.data] = n
 		}
 	}
-	return lw.checkpoint + uint32(n) // the checkpoint itself comes first
+	return lw.lease + uint32(n) // which comes behind the checkpoint and in front of these
 }
 
 // bulkType is what memory.fill, memory.copy and memory.init consume: a call
@@ -278,5 +278,20 @@ func (lw *lowering) emitCheckpoint() {
 	lw.emitIndex(opGlobalSet, lw.refills)
 	lw.emitIndex(opGlobalGet, lw.kill)
 	lw.emit(opIf, voidBlock, opUnreachable, opEnd, opEnd)
+	lw.finish(0, nil, nil)
+}
+
+// emitLease makes the function that takes fuel, its parameter, for the local
+// account of a loop.
+func (lw *lowering) emitLease() {
+	lw.body = lw.body[:0]
+	lw.emitIndex(opGlobalGet, lw.fuel)
+	lw.emitGet(0)
+	lw.emit(opI32Sub)
+	lw.emitIndex(opGlobalSet, lw.fuel)
+	lw.emitIndex(opGlobalGet, lw.fuel)
+	lw.emit(opI32Const, 0, opI32LtS, opIf, voidBlock)
+	lw.emitIndex(opCall, lw.checkpoint)
+	lw.emit(opEnd, opEnd)
 	lw.finish(0, nil, nil)
 }

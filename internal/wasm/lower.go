@@ -49,6 +49,9 @@ const (
 	// freeWeight is what a function may do before its first check; callers
 	// pay for it. It lets small leaf functions do without any.
 	freeWeight = 16
+	// leaseFuel is how much fuel a loop without calls takes at a time; see
+	// innerLoops.
+	leaseFuel = 2048
 	// maxEntryValues caps the parameters, results and locals that entering a
 	// function is charged for, so that no check takes more than MinRefillFuel.
 	maxEntryValues = 1 << 16
@@ -159,8 +162,10 @@ type frame struct {
 
 // segment is the code one check pays for.
 type segment struct {
-	// patch is where its weight goes in the body, -1 for what callers pay.
-	patch int
+	// patch is where its weight goes in the body, -1 for what callers pay;
+	// leases is where the size of its leases goes, 0 if it takes none.
+	patch  int
+	leases [2]int
 	// max is the largest weight of any path through it.
 	max int32
 }
@@ -174,7 +179,8 @@ type lowering struct {
 	// Indices of what is appended.
 	fuel, kill, refills uint32
 	checkpoint          uint32
-	voidType            uint32
+	lease               uint32
+	voidType, leaseType uint32
 	bulk                bulkHelpers
 	extraTypes          []FunctionType
 
@@ -189,7 +195,14 @@ type lowering struct {
 	segment  int   // the check in force
 	weight   int32 // of the longest path from that check to here
 	scratch  []ValueType
-	scratchs [4]uint32 // index of each kind of scratch local, 0 if none yet
+	// scratchs is the index of each kind of scratch local plus one, or 0 if
+	// there is none yet.
+	scratchs [scratchKinds]uint32
+	// innerLoops says of each loop, in the order of the code, whether it is
+	// free of calls; innerLoop of the one at hand.
+	innerLoops []bool
+	innerLoop  bool
+	openLoops  []int // of findInnerLoops
 	// last is the constant pushed by the instruction before, if it was an
 	// i32.const or i64.const.
 	last      int64
@@ -213,7 +226,9 @@ func newLowering(l *layout, o LowerOptions) *lowering {
 		lw.fuel = uint32(l.Globals)
 		lw.kill, lw.refills = lw.fuel+1, lw.fuel+2
 		lw.checkpoint = uint32(len(l.functions))
+		lw.lease = lw.checkpoint + 1
 		lw.voidType = lw.typeOf(FunctionType{})
+		lw.leaseType = lw.typeOf(FunctionType{Params: []ValueType{ValueI32}})
 		// Larger than the original by a check for every 40 bytes or so.
 		lw.out = make([]byte, 0, l.CodeBytes+l.CodeBytes/3)
 	} else if !lw.discard {
@@ -271,6 +286,13 @@ func (lw *lowering) function(defined int, s span) {
 		}
 	}
 	groupsEnd := r.pos
+	if lw.InterruptChecks {
+		lw.targets = 0
+		if lw.findInnerLoops(); !r.ok() {
+			return
+		}
+		r.pos = groupsEnd
+	}
 
 	lw.targets = 0
 	lw.body = lw.body[:0]
@@ -279,7 +301,8 @@ func (lw *lowering) function(defined int, s span) {
 	lw.segments = append(lw.segments[:0], segment{patch: -1})
 	lw.segment, lw.weight = 0, 0
 	lw.scratch = lw.scratch[:0]
-	lw.scratchs = [4]uint32{}
+	lw.scratchs = [scratchKinds]uint32{}
+	loop := 0
 	lw.lastConst = false
 	// Entering costs time for every value passed and every local zeroed.
 	if entry := int32(min(lw.locals+uint64(len(t.Results)), maxEntryValues)) / 8; lw.InterruptChecks && entry > 0 {
@@ -295,6 +318,10 @@ func (lw *lowering) function(defined int, s span) {
 		if !r.ok() {
 			return
 		}
+		if i.op == opLoop {
+			lw.innerLoop = lw.InterruptChecks && lw.innerLoops[loop]
+			loop++
+		}
 		lw.instruction(&i)
 		lw.last, lw.lastConst = i.value, i.op == opI32Const || i.op == opI64Const
 	}
@@ -309,7 +336,12 @@ func (lw *lowering) function(defined int, s span) {
 	}
 	lw.copyTo(r.pos)
 	for _, s := range lw.segments[1:] {
-		patchWeight(lw.body[s.patch:], min(s.max, maxPatchedWeight))
+		w := min(s.max, maxPatchedWeight)
+		patchWeight(lw.body[s.patch:], w)
+		if s.leases[0] != 0 {
+			patchWeight(lw.body[s.leases[0]:], max(w, leaseFuel))
+			patchWeight(lw.body[s.leases[1]:], max(w, leaseFuel))
+		}
 	}
 	lw.finish(uint32(groups), lw.bytes[groupsAt:groupsEnd], lw.scratch)
 }
@@ -362,6 +394,73 @@ func (lw *lowering) spend(w int32) {
 func (lw *lowering) open() {
 	lw.segments = append(lw.segments, segment{patch: lw.check(-1)})
 	lw.segment, lw.weight = len(lw.segments)-1, 0
+}
+
+// openLeased is open for a loop without calls. Counting down the global there
+// would cost a load and a store that wait for each other in every round, which
+// is half the time of a tight loop. So the loop counts down a local, which the
+// engine keeps in a register, and takes a lease from the global when that runs
+// out. What is left of a lease when the loop ends serves the next such loop of
+// the function, or is lost: the guest was charged for at most leaseFuel, or
+// one round, too much.
+func (lw *lowering) openLeased() {
+	lw.checks++
+	fuel := lw.scratchLocal(scratchFuel)
+	var s segment
+	constant := func() int {
+		lw.emit(opI32Const)
+		lw.emit(make([]byte, weightBytes)...)
+		return len(lw.body) - weightBytes
+	}
+	lw.emitIndex(opLocalGet, fuel)
+	s.patch = constant()
+	lw.emit(opI32Sub)
+	lw.emitIndex(opLocalTee, fuel)
+	lw.emit(opI32Const, 0, opI32LtS, opIf, voidBlock)
+	s.leases[0] = constant()
+	lw.emitIndex(opCall, lw.lease)
+	lw.emitIndex(opLocalGet, fuel)
+	s.leases[1] = constant()
+	lw.emit(opI32Add)
+	lw.emitIndex(opLocalSet, fuel)
+	lw.emit(opEnd)
+	lw.segments = append(lw.segments, s)
+	lw.segment, lw.weight = len(lw.segments)-1, 0
+}
+
+// findInnerLoops reads the instructions of a body once and notes which loops
+// are free of calls. Loops with calls are left to count down the global: they
+// are entered more often than they go round in what some compilers make, Go's
+// for one, and a lease would be lost each time.
+func (lw *lowering) findInnerLoops() {
+	const noLoop = -1
+	lw.innerLoops, lw.openLoops = lw.innerLoops[:0], append(lw.openLoops[:0], noLoop)
+	var i instruction
+	for len(lw.openLoops) > 0 {
+		if lw.next(&i); !lw.r.ok() {
+			return
+		}
+		switch i.op {
+		case opBlock, opIf:
+			lw.openLoops = append(lw.openLoops, noLoop)
+		case opLoop:
+			lw.openLoops = append(lw.openLoops, len(lw.innerLoops))
+			lw.innerLoops = append(lw.innerLoops, true)
+		case opEnd:
+			lw.openLoops = lw.openLoops[:len(lw.openLoops)-1]
+		case opCall, opCallIndirect:
+			for k := len(lw.openLoops) - 1; k >= 0; k-- {
+				loop := lw.openLoops[k]
+				if loop == noLoop {
+					continue
+				}
+				if !lw.innerLoops[loop] {
+					break // and so are those around it
+				}
+				lw.innerLoops[loop] = false
+			}
+		}
+	}
 }
 
 // check emits a check of the given weight, or of one to be patched in, whose
@@ -446,7 +545,11 @@ func (lw *lowering) instruction(i *instruction) {
 		lw.push(i, i.blockParams)
 		if lw.InterruptChecks && lw.weight != unreached {
 			lw.copyTo(i.end)
-			lw.open()
+			if lw.innerLoop {
+				lw.openLeased()
+			} else {
+				lw.open()
+			}
 			lw.spend(weightSimple + int32(i.arity))
 		}
 	case opIf:
@@ -516,17 +619,19 @@ const (
 	scratchI32B
 	scratchI64A
 	scratchI64B
+	// scratchFuel is fuel already taken from the global; it starts at 0.
+	scratchFuel
+	scratchKinds
 )
 
 // scratchLocal returns the index of a scratch local of the function at hand.
 func (lw *lowering) scratchLocal(kind int) uint32 {
 	if lw.scratchs[kind] == 0 {
 		t := ValueI32
-		if kind >= scratchI64A {
+		if kind == scratchI64A || kind == scratchI64B {
 			t = ValueI64
 		}
 		lw.scratch = append(lw.scratch, t)
-		// Plus one: zero says there is none yet.
 		lw.scratchs[kind] = uint32(lw.locals) + uint32(len(lw.scratch))
 	}
 	return lw.scratchs[kind] - 1

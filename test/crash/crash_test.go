@@ -13,6 +13,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -361,12 +362,17 @@ func (w *world) clean() {
 	for {
 		var left []string
 		for _, sub := range []string{"tmp", filepath.Join("store", "tmp")} {
-			entries, err := os.ReadDir(filepath.Join(w.options.DataDir, sub))
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
+			err := filepath.WalkDir(filepath.Join(w.options.DataDir, sub), func(path string, e fs.DirEntry, err error) error {
+				if errors.Is(err, os.ErrNotExist) {
+					return nil // gone meanwhile
+				}
+				if err == nil && !e.IsDir() {
+					left = append(left, path)
+				}
+				return err
+			})
+			if err != nil {
 				w.t.Error(err)
-			}
-			for _, e := range entries {
-				left = append(left, filepath.Join(sub, e.Name()))
 			}
 		}
 		if len(left) == 0 {

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -181,7 +182,7 @@ func TestMalformedRequestsAreRefused(t *testing.T) {
 		{"unknown JSON member", "PUT", "/v1/functions/formal", "application/json", []byte(`{"image":"a","extra":1}`), 400},
 		{"not JSON", "PUT", "/v1/functions/formal", "application/json", []byte(`{"image":`), 400},
 		{"multipart without parts", "PUT", "/v1/functions/formal", "multipart/form-data; boundary=x", []byte("--x--\r\n"), 400},
-		{"multipart without boundary", "PUT", "/v1/functions/formal", "multipart/form-data", []byte("x"), 400},
+		{"multipart without boundary", "PUT", "/v1/functions/formal", "multipart/form-data", []byte("x"), 415},
 		{"patch of another type", "PATCH", "/v1/functions/formal", "application/json-patch+json", []byte(`[]`), 415},
 		{"unknown route", "GET", "/v1/nothing", "", nil, 404},
 		{"unknown function", "GET", "/v1/functions/nobody", "", nil, 404},
@@ -262,7 +263,7 @@ func TestClientThatDisappearsChangesNothing(t *testing.T) {
 // outsideRegistry serves one image, "app:v1", behind a handler that may lie.
 func outsideRegistry(t *testing.T, content []byte, wrap func(http.Handler) http.Handler) string {
 	t.Helper()
-	honest := ggcr.New()
+	honest := ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)))
 	var handler http.Handler = honest
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { handler.ServeHTTP(w, r) }))
 	t.Cleanup(server.Close)

@@ -145,7 +145,7 @@ func TestCommandLineLifeOfAFunction(t *testing.T) {
 		return nil
 	})
 	d.cli("functions", "delete", "cli-file").works(t)
-	d.cli("functions", "get", "cli-file").fails(t, "cli-file")
+	d.cli("functions", "get", "cli-file").fails(t, "no function")
 
 	if _, err := os.Stat(filepath.Join(root(t), "examples", "hello-go", "hello-go.wasm")); err == nil {
 		t.Error("submit left its build in the source directory")
@@ -165,7 +165,7 @@ func TestCommandLineSaysWhatIsWrong(t *testing.T) {
 	d.cli("submit", "--memory", "1000000", text).fails(t)
 	d.cli("submit", "--name", "Not_A_Name", text).fails(t)
 	d.cli("invoke", "nobody-home").fails(t)
-	d.cli("functions", "get", "nobody-home").fails(t, "nobody-home")
+	d.cli("functions", "get", "nobody-home").fails(t, "no function")
 	d.cli("no-such-command").fails(t)
 	d.unchanged(before)
 	// Nobody listens on port 1.

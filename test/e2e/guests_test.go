@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -268,6 +269,29 @@ func TestTenantsNeverShareAProcess(t *testing.T) {
 	d.answers("of-blue", "blue")
 	if now := d.PIDs("worker"); len(now) < len(before)+2 || !contains(now, before) {
 		t.Errorf("two new tenants: workers were %v and are %v", before, now)
+	}
+}
+
+func TestWorkersAreConfined(t *testing.T) {
+	d := shared(t)
+	d.submit("confined", marked(t, "confined"), "")
+	workers := d.PIDs("worker")
+	if len(workers) == 0 {
+		t.Fatal("no worker process")
+	}
+	for _, pid := range workers {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{`NoNewPrivs:\s*1`, `Seccomp:\s*2`} {
+			if !regexp.MustCompile(`(?m)^` + want + `$`).Match(status) {
+				t.Errorf("worker %d lacks %s:\n%s", pid, want, status)
+			}
+		}
+		if os.Getuid() == 0 && regexp.MustCompile(`(?m)^Uid:\s+0\s`).Match(status) {
+			t.Errorf("worker %d runs as root", pid)
+		}
 	}
 }
 

@@ -99,6 +99,11 @@ func shared(t *testing.T) dev {
 		if dir, common.err = os.MkdirTemp("", "hearth-e2e-data-"); common.err != nil {
 			return
 		}
+		// Readable for others, so that workers can give up root where tests
+		// run as root; tests with a directory of their own cover the other case.
+		if common.err = os.Chmod(dir, 0o755); common.err != nil {
+			return
+		}
 		// t's context ends with this test; the shared dev outlives it.
 		common.dev, common.err = harness.Start(context.WithoutCancel(t.Context()), harness.Options{Binary: nodeagent, DataDir: dir})
 	})

@@ -28,12 +28,18 @@ func TestSubmittedModulesAnswerAtBothURLForms(t *testing.T) {
 	for guest, want := range map[string]string{
 		"hello-c":  "Hello, world, from C!",
 		"hello-go": "Hello, world, from Go!",
-		"hello":    "HEARTH-MARKER",
+		"hello":    "never seen before",
 	} {
 		t.Run(guest, func(t *testing.T) {
 			d := dev{d.Dev, t}
 			function := "forms-" + guest
-			a := d.put(function, guests.Read(t, guest), "", nil)
+			// The first two may have been compiled for another test already.
+			phases := []string{"receive", "check", "publish", "record", "pull", "verify", "load", "instantiate"}
+			module := guests.Read(t, guest)
+			if guest == "hello" {
+				module, phases = marked(t, want), append(phases, "compile", "store")
+			}
+			a := d.put(function, module, "", nil)
 			f := d.ready(a)
 			if a.Status != http.StatusCreated || a.Header.Get("Location") == "" || a.Header.Get("ETag") == "" {
 				t.Errorf("a new function wants 201, Location and ETag: %s", a)
@@ -46,7 +52,7 @@ func TestSubmittedModulesAnswerAtBothURLForms(t *testing.T) {
 			for _, p := range f.Phases {
 				seen[p.Name] = true
 			}
-			for _, phase := range []string{"receive", "check", "publish", "record", "pull", "verify", "compile", "store", "load", "instantiate"} {
+			for _, phase := range phases {
 				if !seen[phase] {
 					t.Errorf("phase %s has no time: %v", phase, f.Phases)
 				}

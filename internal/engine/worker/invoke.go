@@ -196,6 +196,8 @@ func (v *invocation) body(r *http.Request) (io.Reader, error) {
 		return bytes.NewReader(b), nil
 	default:
 		v.setStreaming(true)
+		// Or the server would end the body when the guest's answer begins.
+		_ = v.rc.EnableFullDuplex() // only fails for other protocols
 		return &streamedBody{body: r.Body, v: v}, nil
 	}
 }
