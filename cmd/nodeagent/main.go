@@ -28,10 +28,11 @@ func main() {
 	os.Exit(run(ctx, os.Args))
 }
 
-// run executes the command line and returns the exit code. Exit codes: 0 done,
-// 1 failed, 2 wrong usage; `status`, `doctor` and `invoke` document their own.
+// run executes the command line and returns the exit code; docs/cli.md lists
+// the codes.
 func run(ctx context.Context, args []string) int {
-	err := newApp().RunContext(ctx, args)
+	app := prepare(newApp())
+	err := app.RunContext(ctx, reorder(app, args))
 	if err == nil {
 		return 0
 	}

@@ -144,6 +144,13 @@ func Run(ctx context.Context, o Options) error {
 		_ = o.Listener.Close() // the first error says it
 		return fmt.Errorf("listen for the agent: %w", err)
 	}
+	// Having the control socket proves that no other engine uses the
+	// directory, so these are a dead one's.
+	if stale, err := filepath.Glob(workerSocket(o.ControlSocket, "*")); err == nil {
+		for _, path := range stale {
+			_ = os.Remove(path) // one that stays is replaced when its name comes up
+		}
+	}
 	errorLog := slog.NewLogLogger(e.logger.Handler(), slog.LevelDebug)
 	public := &http.Server{
 		Handler:           e,
@@ -272,6 +279,11 @@ func newEngine(o Options) (*Engine, error) {
 		}
 	}
 	return e, nil
+}
+
+// workerSocket is where the worker of that id listens.
+func workerSocket(control, id string) string {
+	return filepath.Join(filepath.Dir(control), "w-"+id+".sock")
 }
 
 // notReachable gives the first directory on the way to path, or path itself,

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -205,7 +204,7 @@ func (p *process) run(ctx context.Context) {
 // start runs a worker and waits for its first answer.
 func (p *process) start(ctx context.Context) (_ *incarnation, err error) {
 	o := &p.engine.options
-	socket := filepath.Join(filepath.Dir(o.ControlSocket), "w-"+p.id+".sock")
+	socket := workerSocket(o.ControlSocket, p.id)
 	listener, err := localsocket.Listen(socket)
 	if err != nil {
 		return nil, fmt.Errorf("listen for the worker: %w", err)

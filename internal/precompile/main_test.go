@@ -98,6 +98,10 @@ func childCommand() []string {
 	return []string{sandbox.Executable()}
 }
 
+// slow says to do the same with fewer repetitions: each child costs about a
+// second under emulation.
+func slow() bool { return testing.Short() || len(emulator()) > 0 }
+
 // childEnv has the race detector not wait a second before every exit.
 func childEnv(name string) []string {
 	return []string{childEnvironment + "=" + name, "GORACE=atexit_sleep_ms=0", "HEARTH_EXEC_WRAPPER=" + strings.Join(emulator(), " ")}

@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -277,6 +276,9 @@ func TestEveryDamageIsFoundAndRepaired(t *testing.T) {
 	count := 0
 	for name, size := range files {
 		offsets := []int64{0, 1, size / 3, size / 2, size - 2, size - 1}
+		if slow() {
+			offsets = offsets[3:4]
+		}
 		if name == code {
 			// Magic, version, count, then the offset of the first function.
 			offsets = append(offsets, 6+1+3+4)
@@ -284,6 +286,9 @@ func TestEveryDamageIsFoundAndRepaired(t *testing.T) {
 		for _, offset := range offsets {
 			damage(fmt.Sprintf("bit of byte %d", offset), flip(offset), name)
 			count++
+		}
+		if slow() {
+			continue
 		}
 		damage("truncation", func(f string) error { return os.Truncate(f, size/2) }, name)
 		damage("emptying", func(f string) error { return os.Truncate(f, 0) }, name)
@@ -295,8 +300,8 @@ func TestEveryDamageIsFoundAndRepaired(t *testing.T) {
 	if n := sample(t, registry, "hearth_store_quarantined_total"); n != float64(count) {
 		t.Errorf("%v quarantined, want %d", n, count)
 	}
-	if n := s.Usage().Quarantined; n != maxQuarantined {
-		t.Errorf("%d kept in quarantine, want %d", n, maxQuarantined)
+	if n := s.Usage().Quarantined; n != min(count, maxQuarantined) {
+		t.Errorf("%d kept in quarantine of %d, want at most %d", n, count, maxQuarantined)
 	}
 }
 
@@ -709,7 +714,7 @@ func publisherMain(args []string) int {
 // its compiler, at random points, and looks at the store each time.
 func TestKilledWriterLosesNothingItAcknowledged(t *testing.T) {
 	rounds := 15
-	if testing.Short() || runtime.GOARCH == "arm64" {
+	if slow() {
 		rounds = 3
 	}
 	dir, modules := t.TempDir(), t.TempDir()

@@ -42,8 +42,11 @@ type image struct {
 	order int
 	state imageState
 	// ref is the object while state is warm.
-	ref         precompile.ObjectRef
-	phases      []v1alpha1.Phase
+	ref    precompile.ObjectRef
+	phases []v1alpha1.Phase
+	// madeFor are the users that waited while phases were spent; others got
+	// the object for nothing and must not be charged.
+	madeFor     map[string]bool
 	done, total int64
 	// err is the last failure, kept while it is being tried again.
 	err      *v1alpha1.FunctionError
@@ -61,6 +64,9 @@ type image struct {
 	gone     bool               // no longer wanted
 }
 
+// userKey names a revision of a function in image.users.
+func userKey(function string, revision int) string { return fmt.Sprintf("%s/%d", function, revision) }
+
 // syncImages makes l.images match l.desired. Called with mu held.
 func (l *Loop) syncImages() {
 	users := make(map[string]map[string]bool)
@@ -75,7 +81,7 @@ func (l *Loop) syncImages() {
 				order[d] = len(order)
 				live = append(live, d)
 			}
-			users[d][fmt.Sprintf("%s/%d", f.Name, c.Revision)] = true
+			users[d][userKey(f.Name, c.Revision)] = true
 			if !slices.Contains(sources[d], c.Artifact) {
 				sources[d] = append(sources[d], c.Artifact)
 			}
@@ -298,7 +304,8 @@ func (l *Loop) finish(ctx context.Context, img *image, ref precompile.ObjectRef,
 	var code, detail string
 	switch {
 	case err == nil:
-		img.state, img.ref, img.phases = imageWarm, ref, phases
+		// img.users is replaced, never changed, so this stays as it is.
+		img.state, img.ref, img.phases, img.madeFor = imageWarm, ref, phases, img.users
 		img.made++
 		img.err, img.retrying, img.failures = nil, false, 0
 		img.nextTry = time.Time{}

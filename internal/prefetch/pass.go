@@ -258,7 +258,10 @@ func (l *Loop) functionReport(f v1alpha1.DesiredFunction, now time.Time) v1alpha
 		r.Progress = v1alpha1.ProgressQueued
 		return r
 	}
-	r.Phases, r.Error, r.Retrying = img.phases, img.err, img.retrying
+	if img.madeFor[userKey(f.Name, c.Revision)] {
+		r.Phases = img.phases
+	}
+	r.Error, r.Retrying = img.err, img.retrying
 	switch img.state {
 	case imageQueued:
 		r.Progress = v1alpha1.ProgressQueued
@@ -294,7 +297,7 @@ func (l *Loop) reportWarm(r *v1alpha1.FunctionReport, f v1alpha1.DesiredFunction
 	switch {
 	case fs.Progress == v1alpha1.ProgressReady && fs.Serving == c.Revision:
 		r.Progress = v1alpha1.ProgressReady
-		r.Phases = slices.Concat(img.phases, fs.Phases)
+		r.Phases = slices.Concat(r.Phases, fs.Phases)
 	case fs.Progress == v1alpha1.ProgressFailed && fs.Error != nil:
 		e := *fs.Error
 		r.Progress, r.Error = v1alpha1.ProgressFailed, &e

@@ -40,7 +40,7 @@ func main() {
 	flag.DurationVar(&o.load, "load", 3*time.Second, "length of each throughput run")
 	flag.IntVar(&o.kills, "kills", 20, "requests per guest that is stopped at its deadline")
 	flag.IntVar(&o.rounds, "rounds", 5, "turns of each compared pair")
-	flag.IntVar(&o.compute, "compute", 60, "work of the compute-bound guest per turn")
+	flag.IntVar(&o.compute, "compute", 20, "work of the compute-bound guest per turn")
 	flag.BoolVar(&o.verbose, "v", false, "print the output of the product too")
 	flag.Parse()
 
@@ -98,7 +98,7 @@ func run(ctx context.Context, o options, only string) (missed int, err error) {
 		return 0, err
 	}
 	defer b.dev.KillAll()
-	begin := time.Now()
+	begin, loadBefore := time.Now(), loadAverage()
 	for _, s := range sections {
 		if only != "" && !strings.Contains(","+only+",", ","+s.name+",") {
 			continue
@@ -114,8 +114,20 @@ func run(ctx context.Context, o options, only string) (missed int, err error) {
 	if o.verbose {
 		fmt.Fprintln(os.Stderr, b.dev.Output())
 	}
-	fmt.Printf("Hearth on %s/%s, %d CPUs, %s, %v\n\n", runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), runtime.Version(), time.Since(begin).Round(time.Second))
+	fmt.Printf("Hearth on %s/%s, %d CPUs, %s, took %v, load average %s before and %s after\n\n", runtime.GOOS, runtime.GOARCH,
+		runtime.NumCPU(), runtime.Version(), time.Since(begin).Round(time.Second), loadBefore, loadAverage())
 	return b.table.print(), nil
+}
+
+// loadAverage is that of the last minute: more than there are CPUs before the
+// run means that others were at work and times say little.
+func loadAverage() string {
+	b, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "unknown"
+	}
+	minute, _, _ := strings.Cut(string(b), " ")
+	return minute
 }
 
 func (b *bench) start(ctx context.Context, binary, name string) (*harness.Dev, error) {
