@@ -157,7 +157,7 @@ func TestChildThatMisbehavesIsAnError(t *testing.T) {
 		{"crash", nil, CodeCompilerCrashed, false},
 		{"garbage", nil, CodeCompilerCrashed, false},
 		{"hog", func(o *CompilerOptions) { o.MemoryBytes = 256 << 20 }, CodeCompileMemory, false},
-		{"hang", func(o *CompilerOptions) { o.Timeout = 300 * time.Millisecond }, CodeCompileTimeout, true},
+		{"hang", func(o *CompilerOptions) { o.Timeout = 3 * time.Second }, CodeCompileTimeout, true},
 	} {
 		t.Run(test.child, func(t *testing.T) {
 			c := newTestCompiler(t, func(o *CompilerOptions) {
@@ -230,12 +230,20 @@ func compileBomb(functions, instructions int) []byte {
 		section(10, code...))
 }
 
+// longCompile takes far longer than any test waits for it.
+func longCompile() []byte {
+	if slow() {
+		return compileBomb(100, 5_000)
+	}
+	return compileBomb(300, 20_000)
+}
+
 func TestCompileBombIsKilledAndLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
 	s := openStore(t, dir, func(o *StoreOptions) {
 		o.Compiler = newTestCompiler(t, func(o *CompilerOptions) { o.Timeout = time.Second; o.MemoryBytes = 1 << 30 })
 	})
-	path := writeFile(t, compileBomb(300, 20_000))
+	path := writeFile(t, longCompile())
 	_, _, err := s.Ensure(t.Context(), imageOf("bomb"), from(path, nil))
 	if code := codeOf(err); code != CodeCompileTimeout && code != CodeCompileMemory {
 		t.Fatal(err)

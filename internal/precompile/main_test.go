@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 			_ = keep
 		}
 	case "hang":
-		select {}
+		time.Sleep(time.Hour) // an empty select would be a deadlock, and end
 	case "publisher":
 		os.Exit(publisherMain(os.Args[1:]))
 	case "reader":

@@ -264,6 +264,12 @@ func TestEveryDamageIsFoundAndRepaired(t *testing.T) {
 				return err
 			}
 			defer f.Close()
+			info, err := f.Stat()
+			if err != nil {
+				return err
+			}
+			// A manifest made again may be shorter: it has times in it.
+			offset := min(offset, info.Size()-1)
 			b := make([]byte, 1)
 			if _, err := f.ReadAt(b, offset); err != nil {
 				return err
@@ -533,12 +539,12 @@ func TestFullDiskIsAnErrorWithoutLeftovers(t *testing.T) {
 		t.Skipf("cannot mount a tmpfs: %v", err)
 	}
 	defer func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	}()
 	s := openStore(t, dir)
-	small, big := writeFile(t, distinctModule(1)), writeFile(t, compileBomb(20, 400))
+	small, big := writeFile(t, distinctModule(1)), writeFile(t, compileBomb(80, 400))
 	ref := ensure(t, s, "small", small)
 	for range 3 {
 		_, _, err := s.Ensure(t.Context(), imageOf("big"), from(big, nil))
@@ -713,9 +719,9 @@ func publisherMain(args []string) int {
 // TestKilledWriterLosesNothingItAcknowledged kills a writer, and sometimes
 // its compiler, at random points, and looks at the store each time.
 func TestKilledWriterLosesNothingItAcknowledged(t *testing.T) {
-	rounds := 15
+	rounds, life := 15, 300*time.Millisecond
 	if slow() {
-		rounds = 3
+		rounds, life = 3, 6*time.Second
 	}
 	dir, modules := t.TempDir(), t.TempDir()
 	seed := uint64(time.Now().UnixNano())
@@ -732,7 +738,7 @@ func TestKilledWriterLosesNothingItAcknowledged(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(20*time.Millisecond + time.Duration(random.Int64N(int64(300*time.Millisecond))))
+		time.Sleep(life/15 + time.Duration(random.Int64N(int64(life))))
 		if err := cmd.Process.Signal(syscall.SIGKILL); err != nil {
 			t.Fatalf("%v: %s", err, stderr.String())
 		}
@@ -771,7 +777,7 @@ func TestKilledWriterLosesNothingItAcknowledged(t *testing.T) {
 func TestKilledCompilerIsAnErrorAndLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
 	s := openStore(t, dir)
-	path := writeFile(t, compileBomb(300, 20_000))
+	path := writeFile(t, longCompile())
 	done := make(chan error, 1)
 	go func() {
 		_, _, err := s.Ensure(t.Context(), imageOf("a"), from(path, nil))
@@ -818,7 +824,7 @@ func childOf(pid int) int {
 
 func TestCloseCancelsWhatIsRunning(t *testing.T) {
 	s := openStore(t, t.TempDir())
-	path := writeFile(t, compileBomb(300, 20_000))
+	path := writeFile(t, longCompile())
 	done := make(chan error, 1)
 	go func() {
 		_, _, err := s.Ensure(t.Context(), imageOf("a"), from(path, nil))

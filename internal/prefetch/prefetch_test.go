@@ -409,6 +409,30 @@ func TestSubmittedFunctionBecomesReadyAndIsReportedStepByStep(t *testing.T) {
 	})
 }
 
+func TestRevisionOfAnArtifactThatWasThereIsNotChargedForIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		_, stop := w.run()
+		defer stop()
+		w.submit(want("a", 1))
+		settle(0)
+		// New settings make a revision of the same artifact.
+		f := want("a", 2)
+		f.Candidates[0].Artifact = art("a", 1)
+		w.submit(f)
+		settle(time.Second)
+		r := w.last("a")
+		for _, p := range r.Phases {
+			if p.Name != "load" && p.Name != "instantiate" {
+				t.Errorf("phase %s is reported although nothing was pulled or compiled", p.Name)
+			}
+		}
+		if r.Revision != 2 || r.Progress != v1alpha1.ProgressReady {
+			t.Errorf("revision 2: %+v", r)
+		}
+	})
+}
+
 func TestOldRevisionServesUntilTheNewOneIsWarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

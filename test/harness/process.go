@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Process is one process of a Dev.
@@ -131,4 +132,29 @@ func memory(pid int) (Memory, error) {
 		}
 	}
 	return m, lines.Err()
+}
+
+// CPU is the processor time that the threads of all processes of one role
+// have used.
+func (d *Dev) CPU(role string) time.Duration {
+	var sum time.Duration
+	for _, pid := range d.PIDs(role) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+		if err != nil {
+			continue
+		}
+		for _, path := range threads {
+			// The first field is the time on a processor in nanoseconds (kernel
+			// documentation, scheduler/sched-stats); stat(5) has only 10 ms steps.
+			b, err := os.ReadFile(path)
+			if err != nil {
+				continue // gone meanwhile
+			}
+			first, _, _ := strings.Cut(string(b), " ")
+			if ns, err := strconv.ParseInt(first, 10, 64); err == nil {
+				sum += time.Duration(ns)
+			}
+		}
+	}
+	return sum
 }

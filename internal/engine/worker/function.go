@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
-	"github.com/hearth-sh/hearth/internal/engine/wasip1"
-	"github.com/hearth-sh/hearth/internal/precompile"
 )
 
 const (
@@ -31,7 +29,7 @@ const (
 // function is a loaded revision.
 type function struct {
 	spec   Spec
-	object *precompile.Loaded
+	object *object
 	limit  uint64
 	worker *Worker
 
@@ -48,18 +46,15 @@ type function struct {
 
 func (w *Worker) load(ctx context.Context, spec Spec) (f *function, phases []v1alpha1.Phase, err error) {
 	began := time.Now()
-	object, err := precompile.Load(ctx, spec.ObjectDir, precompile.LoadOptions{MemoryLimitPages: memoryLimitPages})
+	object, err := w.useObject(ctx, spec.ObjectDir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("load the compiled object: %w", err)
+		return nil, nil, err
 	}
 	defer func() {
 		if err != nil {
-			_ = object.Close(context.WithoutCancel(ctx))
+			_ = w.dropObject(context.WithoutCancel(ctx), object) // the first error says it
 		}
 	}()
-	if err := wasip1.Instantiate(ctx, object.Runtime); err != nil {
-		return nil, nil, fmt.Errorf("make the host module: %w", err)
-	}
 	loaded := time.Now()
 	f = &function{
 		spec:    spec,
@@ -216,5 +211,5 @@ func (f *function) close(ctx context.Context) error {
 		return fmt.Errorf("unload %s: %w", f.spec.Name, ctx.Err())
 	}
 	f.drop()
-	return f.object.Close(ctx)
+	return f.worker.dropObject(ctx, f.object)
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/tetratelabs/wazero/api"
 	"github.com/tetratelabs/wazero/experimental"
 
-	"github.com/hearth-sh/hearth/internal/precompile"
 	"github.com/hearth-sh/hearth/internal/wasm"
 )
 
@@ -32,7 +31,7 @@ type instance struct {
 
 // newInstance makes an instance without running any of its code. Errors are
 // errNoRoom, errOverLimit or the engine's own.
-func newInstance(ctx context.Context, object *precompile.Loaded, b *budget, limit uint64) (i *instance, err error) {
+func newInstance(ctx context.Context, object *object, b *budget, limit uint64) (i *instance, err error) {
 	memory := &linearMemory{budget: b, limit: limit}
 	defer func() {
 		if r := recover(); r != nil {

@@ -66,6 +66,7 @@ type Worker struct {
 
 	mu        sync.RWMutex
 	functions map[string]*function
+	objects   map[string]*object // by directory
 	// running finds requests for OpCancel, by request.
 	running map[string]func(*Fault)
 	settle  *time.Timer
@@ -146,6 +147,7 @@ func New(config Config, logger *slog.Logger) *Worker {
 		logger:    logger,
 		loads:     make(chan struct{}, loadsAtOnce),
 		functions: make(map[string]*function),
+		objects:   make(map[string]*object),
 		running:   make(map[string]func(*Fault)),
 	}
 }
