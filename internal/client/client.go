@@ -377,7 +377,7 @@ func (c *Client) answer(ctx context.Context, k call, out any) (http.Header, int,
 	}
 	ctx, cancel := context.WithTimeout(ctx, k.timeout)
 	defer cancel()
-	resp, err := c.do(ctx, k)
+	resp, err := c.do(ctx, k) //nolint:bodyclose // drain closes it
 	if err != nil {
 		return nil, 0, err
 	}

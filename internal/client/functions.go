@@ -296,7 +296,7 @@ func (c *Client) Wait(ctx context.Context, name string, seen func(v1alpha1.Funct
 func (c *Client) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
-	resp, err := c.send(ctx, call{method: http.MethodGet, path: []string{"readyz"}}, "")
+	resp, err := c.send(ctx, call{method: http.MethodGet, path: []string{"readyz"}}, "") //nolint:bodyclose // drain closes it
 	if err != nil {
 		return err
 	}

@@ -84,7 +84,7 @@ func (c *Client) Logs(ctx context.Context, name string, o LogOptions, line func(
 			c.o.OnRetry(err, delay)
 		}
 		if c.o.Sleep(ctx, delay) != nil {
-			return nil
+			return nil //nolint:nilerr // the caller ended following
 		}
 		seen.reconnect()
 		if !seen.last.IsZero() {

@@ -110,7 +110,7 @@ func Run(ctx context.Context, o Options) error {
 			d.showReady(ctx, time.Since(began))
 		}
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // stopped while starting: that is no failure
 		}
 		return err
 	})

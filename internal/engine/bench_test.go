@@ -90,8 +90,8 @@ func BenchmarkFirstRequest(b *testing.B) {
 	}
 }
 
-// BenchmarkIdleFunction reports what a hundred idle functions in one worker
-// cost each.
+// BenchmarkIdleFunction reports what a hundred idle functions of one object
+// cost each in one worker, beyond the first, which pays for the object.
 func BenchmarkIdleFunction(b *testing.B) {
 	const count = 100
 	for _, guest := range []string{"c", "go"} {

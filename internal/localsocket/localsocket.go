@@ -319,7 +319,7 @@ func statAt(dir *os.File, base string) (fileID, uint32, error) {
 	if err := unix.Fstatat(int(dir.Fd()), base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return fileID{}, 0, err
 	}
-	return fileID{dev: uint64(st.Dev), ino: st.Ino}, st.Mode, nil
+	return fileID{dev: st.Dev, ino: st.Ino}, st.Mode, nil
 }
 
 func listenError(path string, err error) error {

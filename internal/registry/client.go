@@ -475,7 +475,8 @@ func (c *Client) homeAuth(ctx context.Context) authn.Authenticator {
 // each attempt: tokens expire, and a registry that was away may come back
 // with another scheme of authentication.
 func (c *Client) session(ctx context.Context, repo name.Repository) (http.RoundTripper, error) {
-	rt, auth := c.otherRT, authn.Anonymous
+	rt := c.otherRT
+	var auth authn.Authenticator
 	if repo.RegistryStr() == c.home.RegistryStr() {
 		rt, auth = c.homeRT, c.homeAuth(ctx)
 	} else if a, err := authn.Resolve(ctx, c.opts.Keychain, repo); err == nil {
@@ -674,7 +675,7 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	if n > 0 && err == nil {
 		b.moved()
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = stallCause(b.ctx, err)
 	}
 	return n, err

@@ -56,7 +56,6 @@ type fixture struct {
 	logLines  string
 	logErr    error
 	nodeFails *v1alpha1.FunctionError // the node reports this instead of ready
-	seen      []*http.Response
 	client    *http.Client
 }
 

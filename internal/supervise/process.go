@@ -107,7 +107,7 @@ func (p *Process) Run(ctx context.Context) error {
 		began := time.Now()
 		end, err := p.once(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // stopped as asked; how the child ended no longer matters
 		}
 		if err != nil && (errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission)) {
 			return fmt.Errorf("start %s: %w", p.o.Name, err)

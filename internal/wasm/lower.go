@@ -49,9 +49,11 @@ const (
 	// freeWeight is what a function may do before its first check; callers
 	// pay for it. It lets small leaf functions do without any.
 	freeWeight = 16
-	// leaseFuel is how much fuel a loop without calls takes at a time; see
-	// innerLoops.
+	// leaseFuel is how much fuel a tight loop takes at a time, and tightLoop
+	// up to how many instructions a loop is one; see openLeased. In longer
+	// loops a lease gains nothing, measured on compiled C and Go.
 	leaseFuel = 2048
+	tightLoop = 32
 	// maxEntryValues caps the parameters, results and locals that entering a
 	// function is charged for, so that no check takes more than MinRefillFuel.
 	maxEntryValues = 1 << 16
@@ -198,11 +200,11 @@ type lowering struct {
 	// scratchs is the index of each kind of scratch local plus one, or 0 if
 	// there is none yet.
 	scratchs [scratchKinds]uint32
-	// innerLoops says of each loop, in the order of the code, whether it is
-	// free of calls; innerLoop of the one at hand.
-	innerLoops []bool
-	innerLoop  bool
-	openLoops  []int // of findInnerLoops
+	// tightLoops says of each loop, in the order of the code, whether it is
+	// one of those openLeased is for; tightLoop of the one at hand.
+	tightLoops []bool
+	tightLoop  bool
+	openLoops  []openLoop // of findTightLoops
 	// last is the constant pushed by the instruction before, if it was an
 	// i32.const or i64.const.
 	last      int64
@@ -288,7 +290,7 @@ func (lw *lowering) function(defined int, s span) {
 	groupsEnd := r.pos
 	if lw.InterruptChecks {
 		lw.targets = 0
-		if lw.findInnerLoops(); !r.ok() {
+		if lw.findTightLoops(); !r.ok() {
 			return
 		}
 		r.pos = groupsEnd
@@ -319,7 +321,7 @@ func (lw *lowering) function(defined int, s span) {
 			return
 		}
 		if i.op == opLoop {
-			lw.innerLoop = lw.InterruptChecks && lw.innerLoops[loop]
+			lw.tightLoop = lw.InterruptChecks && lw.tightLoops[loop]
 			loop++
 		}
 		lw.instruction(&i)
@@ -396,13 +398,13 @@ func (lw *lowering) open() {
 	lw.segment, lw.weight = len(lw.segments)-1, 0
 }
 
-// openLeased is open for a loop without calls. Counting down the global there
-// would cost a load and a store that wait for each other in every round, which
-// is half the time of a tight loop. So the loop counts down a local, which the
+// openLeased is open for a tight loop. Counting down the global there costs a
+// load and a store that wait for each other in every round, which is up to
+// half the time of such a loop. So the loop counts down a local, which the
 // engine keeps in a register, and takes a lease from the global when that runs
 // out. What is left of a lease when the loop ends serves the next such loop of
-// the function, or is lost: the guest was charged for at most leaseFuel, or
-// one round, too much.
+// the function, or is lost: the guest was charged for at most leaseFuel too
+// much.
 func (lw *lowering) openLeased() {
 	lw.checks++
 	fuel := lw.scratchLocal(scratchFuel)
@@ -428,37 +430,35 @@ func (lw *lowering) openLeased() {
 	lw.segment, lw.weight = len(lw.segments)-1, 0
 }
 
-// findInnerLoops reads the instructions of a body once and notes which loops
-// are free of calls. Loops with calls are left to count down the global: they
-// are entered more often than they go round in what some compilers make, Go's
-// for one, and a lease would be lost each time.
-func (lw *lowering) findInnerLoops() {
-	const noLoop = -1
-	lw.innerLoops, lw.openLoops = lw.innerLoops[:0], append(lw.openLoops[:0], noLoop)
+// openLoop is a block that findTightLoops is in.
+type openLoop struct {
+	loop  int // index in tightLoops, negative if it is no loop
+	start int // instructions read before it
+}
+
+// findTightLoops reads the instructions of a body once and notes which loops
+// have neither calls nor more than tightLoop instructions.
+func (lw *lowering) findTightLoops() {
+	lw.tightLoops, lw.openLoops = lw.tightLoops[:0], append(lw.openLoops[:0], openLoop{loop: -1})
 	var i instruction
-	for len(lw.openLoops) > 0 {
+	lastCall := 0
+	for n := 1; len(lw.openLoops) > 0; n++ {
 		if lw.next(&i); !lw.r.ok() {
 			return
 		}
 		switch i.op {
 		case opBlock, opIf:
-			lw.openLoops = append(lw.openLoops, noLoop)
+			lw.openLoops = append(lw.openLoops, openLoop{loop: -1})
 		case opLoop:
-			lw.openLoops = append(lw.openLoops, len(lw.innerLoops))
-			lw.innerLoops = append(lw.innerLoops, true)
+			lw.openLoops = append(lw.openLoops, openLoop{loop: len(lw.tightLoops), start: n})
+			lw.tightLoops = append(lw.tightLoops, false)
 		case opEnd:
+			if l := lw.openLoops[len(lw.openLoops)-1]; l.loop >= 0 {
+				lw.tightLoops[l.loop] = n-l.start <= tightLoop && lastCall < l.start
+			}
 			lw.openLoops = lw.openLoops[:len(lw.openLoops)-1]
 		case opCall, opCallIndirect:
-			for k := len(lw.openLoops) - 1; k >= 0; k-- {
-				loop := lw.openLoops[k]
-				if loop == noLoop {
-					continue
-				}
-				if !lw.innerLoops[loop] {
-					break // and so are those around it
-				}
-				lw.innerLoops[loop] = false
-			}
+			lastCall = n
 		}
 	}
 }
@@ -545,7 +545,7 @@ func (lw *lowering) instruction(i *instruction) {
 		lw.push(i, i.blockParams)
 		if lw.InterruptChecks && lw.weight != unreached {
 			lw.copyTo(i.end)
-			if lw.innerLoop {
+			if lw.tightLoop {
 				lw.openLeased()
 			} else {
 				lw.open()
