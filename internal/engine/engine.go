@@ -250,7 +250,7 @@ func newEngine(o Options) (*Engine, error) {
 	}
 	e.protection = http.NewCrossOriginProtection()
 	e.protection.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		writeProblem(w, problem(http.StatusForbidden, "cross-origin-request",
+		writeProblem(w, problem(http.StatusForbidden, "cross-origin",
 			"the API takes no changes that a page of another origin asks a browser for", false))
 	}))
 	if o.APISocket != "" {
@@ -340,6 +340,12 @@ func (e *Engine) apply(s control.State) error {
 		named[spec.Name] = true
 		e.applyFunction(spec, again)
 	}
+	for _, p := range s.Pending {
+		if validLabel(p.Name) && validLabel(p.Tenant) && !named[p.Name] {
+			named[p.Name] = true
+			e.applyPending(p)
+		}
+	}
 	for name, f := range e.functions {
 		if !named[name] {
 			e.removeFunction(f)
@@ -389,6 +395,21 @@ func (e *Engine) applyFunction(spec control.Function, again bool) {
 	}
 	f.wanted = r
 	p.add(r)
+}
+
+// applyPending makes a name known that has nothing to answer with yet. What
+// answered under it before is no revision of it any more.
+func (e *Engine) applyPending(p control.Pending) {
+	f := e.functions[p.Name]
+	if f != nil && f.tenant == p.Tenant && f.wanted == nil && f.invalid == nil && f.serving.Load() == nil {
+		return
+	}
+	if f != nil {
+		e.removeFunction(f)
+	}
+	f = &function{name: p.Name, tenant: p.Tenant}
+	f.limiter.limit = v1alpha1.DefaultConcurrency
+	e.functions[p.Name] = f
 }
 
 func (e *Engine) removeFunction(f *function) {
@@ -464,6 +485,58 @@ func (e *Engine) loaded(r *revision) {
 	f.limiter.resize(r.spec.Concurrency)
 	if old != nil && old != r {
 		e.retire(old)
+	}
+}
+
+// find gives the function of a request. Right after a start the engine has not
+// been told yet what there is: it waits for that, so that its restart is not
+// taken for the end of functions.
+func (e *Engine) find(ctx context.Context, name string) (f *function, told bool) {
+	t := time.NewTimer(restartWait)
+	defer t.Stop()
+	for {
+		e.mu.RLock()
+		f, told = e.functions[name], e.generation != 0
+		changed := e.changed
+		e.mu.RUnlock()
+		if told {
+			return f, true
+		}
+		select {
+		case <-changed:
+		case <-t.C:
+			return nil, false
+		case <-ctx.Done():
+			return nil, false
+		}
+	}
+}
+
+// awaitServing waits while a function's first revision is being loaded, as all
+// are when the engine was restarted; nil when none can answer.
+func (e *Engine) awaitServing(ctx context.Context, f *function) *revision {
+	t := time.NewTimer(restartWait)
+	defer t.Stop()
+	for {
+		e.mu.RLock()
+		loading := e.functions[f.name] == f && f.invalid == nil && f.wanted != nil
+		if loading {
+			f.wanted.mu.Lock()
+			loading = f.wanted.failure == nil
+			f.wanted.mu.Unlock()
+		}
+		changed := e.changed
+		e.mu.RUnlock()
+		if r := f.serving.Load(); r != nil || !loading {
+			return r
+		}
+		select {
+		case <-changed:
+		case <-t.C:
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
 	}
 }
 

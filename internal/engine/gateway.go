@@ -62,7 +62,7 @@ func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := context.WithCancel(r.Context())
 			defer cancel()
 			defer context.AfterFunc(e.ending, cancel)()
-			e.protection.Handler(e.api).ServeHTTP(w, r.WithContext(ctx))
+			e.protection.Handler(e.api).ServeHTTP(&refusing{w}, r.WithContext(ctx))
 			return
 		}
 		fallthrough
@@ -75,6 +75,24 @@ func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				e.options.BaseDomain+", or start it with another base domain", false))
 	}
 }
+
+// refusedBody is how long a client may go on sending the body of a request that
+// the API has refused already.
+const refusedBody = 500 * time.Millisecond
+
+// refusing stops waiting for the rest of a request's body when the API refused
+// the request: net/http would read on before it passes the answer to a sender
+// that stalled.
+type refusing struct{ http.ResponseWriter }
+
+func (w *refusing) WriteHeader(code int) {
+	if code >= http.StatusBadRequest {
+		_ = http.NewResponseController(w.ResponseWriter).SetReadDeadline(time.Now().Add(refusedBody)) // only fails without a connection
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *refusing) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // exchange is one request to a function on its way.
 type exchange struct {
@@ -94,8 +112,13 @@ type exchange struct {
 
 func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route) {
 	x := &exchange{engine: e, to: to, w: w, r: r, rc: http.NewResponseController(w), id: rand.Text(), arrived: time.Now()}
-	x.function = e.lookup(to.function)
-	if x.function == nil {
+	function, told := e.find(r.Context(), to.function)
+	x.function = function
+	if !told {
+		x.fail(problem(http.StatusServiceUnavailable, "function-not-ready", "this node has just started and was not told yet what to serve", true))
+		return
+	}
+	if function == nil {
 		x.fail(problem(http.StatusNotFound, "function-not-found", fmt.Sprintf(
 			"there is no function named %q here; `nodeagent functions list` shows the ones there are, `nodeagent submit` adds one", to.function), false))
 		return
@@ -111,8 +134,11 @@ func (x *exchange) serve() {
 	f := x.function
 	rev := f.serving.Load()
 	if rev == nil {
-		x.notServed()
-		return
+		if rev = x.engine.awaitServing(x.r.Context(), f); rev == nil {
+			x.notServed()
+			return
+		}
+		x.load = time.Since(x.arrived)
 	}
 	x.deadline = x.arrived.Add(time.Duration(rev.spec.TimeoutMS) * time.Millisecond)
 	_ = x.rc.SetWriteDeadline(x.deadline.Add(writeGrace)) // only fails without a connection
@@ -133,12 +159,12 @@ func (x *exchange) serve() {
 		defer body.stream.detach()
 	}
 	if err := f.limiter.acquire(ctx); err != nil {
-		x.queue = time.Since(x.arrived)
+		x.queue = time.Since(x.arrived) - x.load
 		x.failQueue(err)
 		return
 	}
 	defer f.limiter.release()
-	x.queue = time.Since(x.arrived)
+	x.queue = time.Since(x.arrived) - x.load
 
 	waiting := time.Now()
 	var conn *incarnation
@@ -149,7 +175,7 @@ func (x *exchange) serve() {
 		if conn, err = rev.acquire(ctx, restartWait); err == nil {
 			break
 		} else if !errors.Is(err, errRetired) || x.engine.lookup(f.name) != f {
-			x.load = time.Since(waiting)
+			x.load += time.Since(waiting)
 			x.failAcquire(ctx, err)
 			return
 		}
@@ -159,7 +185,7 @@ func (x *exchange) serve() {
 		}
 	}
 	defer rev.release()
-	x.load = time.Since(waiting)
+	x.load += time.Since(waiting)
 	x.forward(rev, conn, body)
 }
 

@@ -158,7 +158,7 @@ func TestRequestsThatAreNotForAFunction(t *testing.T) {
 		{"GET", "evil.example", "/f/c/", nil, 421, "host-not-served"},
 		{"GET", "absent.localhost", "/v1/functions", nil, 404, "function-not-found"},
 		{"GET", "localhost", "/f/absent/", nil, 404, "function-not-found"},
-		{"POST", "localhost", "/v1/functions/c/rollback", http.Header{"Sec-Fetch-Site": {"same-site"}}, 403, "cross-origin-request"},
+		{"POST", "localhost", "/v1/functions/c/rollback", http.Header{"Sec-Fetch-Site": {"same-site"}}, 403, "cross-origin"},
 		{"TRACE", "localhost", "/", nil, 405, "method-not-allowed"},
 		{"GET", "c.localhost", "/", http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}}, 501, "upgrade-unsupported"},
 	}

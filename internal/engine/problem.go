@@ -15,7 +15,7 @@ const problemPrefix = "https://hearth.sh/problems/"
 var titles = map[string]string{
 	"api-unavailable":          "API unavailable",
 	"body-too-large":           "Request body too large",
-	"cross-origin-request":     "Cross-origin request refused",
+	"cross-origin":             "Cross-origin request refused",
 	"deadline-exceeded":        "Function exceeded its time limit",
 	"function-exited":          "Function failed",
 	"function-failed":          "Function cannot be served",

@@ -33,6 +33,7 @@ func (l *Loop) pass(ctx context.Context) time.Duration {
 
 	needed := make(map[string]bool)
 	entries := make([]pushedEntry, 0, len(l.desired.Functions))
+	var pending []control.Pending
 	for _, f := range l.desired.Functions {
 		for _, c := range f.Candidates {
 			needed[c.Artifact.Digest] = true
@@ -42,12 +43,14 @@ func (l *Loop) pass(ctx context.Context) time.Duration {
 		}
 		if e, ok := l.choose(f, now); ok {
 			entries = append(entries, e)
+		} else if len(f.Candidates) > 0 {
+			pending = append(pending, control.Pending{Name: f.Name, Tenant: f.Tenant})
 		}
 	}
 	if t := l.startJobs(ctx, needed); !t.IsZero() && (next.IsZero() || t.Before(next)) {
 		next = t
 	}
-	l.setWant(entries)
+	l.setWant(entries, pending)
 	l.setReport(now)
 
 	d := tick
@@ -199,7 +202,8 @@ func (l *Loop) recompile(f v1alpha1.DesiredFunction, p pushedEntry, reason strin
 }
 
 // setWant has the engine told when what it should have changed.
-func (l *Loop) setWant(entries []pushedEntry) {
+func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
+	slices.SortFunc(pending, func(a, b control.Pending) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(entries, func(a, b pushedEntry) int { return cmp.Compare(a.fn.Name, b.fn.Name) })
 	gen := l.want.Generation + 1
 	if !l.wantSet {
@@ -207,7 +211,7 @@ func (l *Loop) setWant(entries []pushedEntry) {
 		// old status is never taken for an answer to a new state.
 		gen = uint64(max(l.now().UnixMilli(), 1))
 	}
-	changed := !l.wantSet || len(entries) != len(l.pushed)
+	changed := !l.wantSet || len(entries) != len(l.pushed) || !slices.Equal(pending, l.want.Pending)
 	fns := make([]control.Function, 0, len(entries))
 	pushed := make(map[string]pushedEntry, len(entries))
 	for _, e := range entries {
@@ -223,7 +227,7 @@ func (l *Loop) setWant(entries []pushedEntry) {
 		return
 	}
 	l.pushed = pushed
-	l.want, l.wantSet, l.needPush = control.State{Generation: gen, Functions: fns}, true, true
+	l.want, l.wantSet, l.needPush = control.State{Generation: gen, Functions: fns, Pending: pending}, true, true
 	signal(l.pushKick)
 }
 

@@ -48,6 +48,16 @@ type State struct {
 	// its counter is not locked out.
 	Generation uint64     `json:"generation"`
 	Functions  []Function `json:"functions"`
+	// Pending are functions that should answer but have nothing on this node
+	// yet: requests for them are asked to come back instead of being told
+	// that there is no such function.
+	Pending []Pending `json:"pending,omitempty"`
+}
+
+// Pending is a function on its way to this node.
+type Pending struct {
+	Name   string `json:"name"`
+	Tenant string `json:"tenant"`
 }
 
 // Function is one revision of a function that should answer requests.
