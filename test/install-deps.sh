@@ -1,14 +1,17 @@
 #!/bin/sh
-# Installs what the guests of the tests are compiled with, when it is missing:
-# clang, the WebAssembly linker, wasi-libc and the compiler runtime for wasm32.
+# Installs what the tests need beside Go, when it is missing: clang, the
+# WebAssembly linker, wasi-libc and the compiler runtime for wasm32 (guests),
+# gcc (the race detector), qemu (arm64), docker-registry with htpasswd (a
+# registry that is not ours).
 # Needs Debian or Ubuntu, and root or sudo only when something is missing.
 set -eu
 
-packages="clang lld wasi-libc libclang-rt-dev-wasm32"
+packages="clang lld wasi-libc libclang-rt-dev-wasm32 gcc libc6-dev qemu-user-static docker-registry apache2-utils"
 
 works() {
-	command -v clang >/dev/null 2>&1 || return 1
-	command -v wasm-ld >/dev/null 2>&1 || return 1
+	for tool in clang wasm-ld gcc qemu-aarch64-static docker-registry htpasswd; do
+		command -v $tool >/dev/null 2>&1 || return 1
+	done
 	dir=$(mktemp -d)
 	printf '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n' >"$dir/probe.c"
 	status=0
