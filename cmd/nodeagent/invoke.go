@@ -74,7 +74,7 @@ func invokeAction(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // read side
+	defer resp.Body.Close()
 	first := time.Since(started)
 	if c.Bool("include") {
 		printHead(c.App.Writer, resp)

@@ -120,7 +120,7 @@ func readSecretFile(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close() //nolint:errcheck // read side
+	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, v1alpha1.MaxEnvBytes+1))
 	if err != nil {
 		return "", err

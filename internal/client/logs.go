@@ -120,7 +120,7 @@ func (c *Client) stream(ctx context.Context, name string, o LogOptions, line fun
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // read side
+	defer resp.Body.Close()
 	*connected = true
 	scanner := bufio.NewScanner(resp.Body)
 	scanner.Buffer(make([]byte, 0, 8<<10), maxLogLine)

@@ -223,7 +223,7 @@ func newEngine(o Options) (*Engine, error) {
 		if err := unix.Sysinfo(&info); err != nil {
 			return nil, fmt.Errorf("ask how much memory the machine has: %w", err)
 		}
-		o.WorkerMemoryBytes = uint64(info.Totalram) * uint64(info.Unit) / 2
+		o.WorkerMemoryBytes = info.Totalram * uint64(info.Unit) / 2
 	}
 	m := newMetrics()
 	logs, err := newLogStore(o.LogDir, m, o.Logger)

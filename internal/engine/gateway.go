@@ -440,7 +440,7 @@ func (x *exchange) readTiming(resp *http.Response, began time.Time) {
 
 // copyResponse passes a guest's answer on.
 func (x *exchange) copyResponse(resp *http.Response, began time.Time) {
-	defer resp.Body.Close() //nolint:errcheck // read to its end, or given up
+	defer resp.Body.Close()
 	x.readTiming(resp, began)
 	h := x.w.Header()
 	for name, values := range resp.Header {

@@ -209,7 +209,7 @@ func TestClientThatLeavesTakesItsGuestWithIt(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() {
-			_, err := n.http.Do(n.request(ctx, http.MethodPost, "c.localhost", "/spin", body)) //nolint:bodyclose // it fails
+			_, err := n.http.Do(n.request(ctx, http.MethodPost, "c.localhost", "/spin", body))
 			done <- err
 		}()
 		n.awaitInFlight("c", 1)

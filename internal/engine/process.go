@@ -247,7 +247,7 @@ func (p *process) start(ctx context.Context) (_ *incarnation, err error) {
 	if err != nil {
 		return nil, errors.Join(err, parentLife.Close(), logRead.Close())
 	}
-	cmd := exec.Command(o.WorkerCommand[0], o.WorkerCommand[1:]...)
+	cmd := exec.Command(o.WorkerCommand[0], o.WorkerCommand[1:]...) //nolint:noctx // it is asked to end before it is killed
 	// An empty environment would be inherited; a guest never sees either.
 	cmd.Env = append([]string{"HEARTH_WORKER=" + p.id}, o.WorkerEnv...)
 	cmd.Stdin = bytes.NewReader(config)
@@ -352,7 +352,7 @@ func (c *incarnation) ask(ctx context.Context, t *http.Transport, op string, hea
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // read as far as needed
+	defer resp.Body.Close()
 	limited := io.LimitReader(resp.Body, 1<<20)
 	if resp.Header.Get(worker.HeaderFault) != "" {
 		fault := &worker.Fault{}

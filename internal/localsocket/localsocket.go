@@ -221,7 +221,7 @@ func dial(ctx context.Context, path string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close() //nolint:errcheck // an O_PATH descriptor has nothing to flush
+	defer dir.Close()
 	addr, err := shortAddress(dir, path)
 	if err != nil {
 		return nil, err

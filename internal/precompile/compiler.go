@@ -107,7 +107,7 @@ func defaultMemory() uint64 {
 	memory := uint64(DefaultMemoryBytes)
 	var info unix.Sysinfo_t
 	if unix.Sysinfo(&info) == nil {
-		if total := uint64(info.Totalram) * uint64(info.Unit); total > 0 {
+		if total := info.Totalram * uint64(info.Unit); total > 0 {
 			memory = min(memory, total/4*3)
 		}
 	}

@@ -197,9 +197,9 @@ type lowering struct {
 	segment  int   // the check in force
 	weight   int32 // of the longest path from that check to here
 	scratch  []ValueType
-	// scratchs is the index of each kind of scratch local plus one, or 0 if
+	// scratches is the index of each kind of scratch local plus one, or 0 if
 	// there is none yet.
-	scratchs [scratchKinds]uint32
+	scratches [scratchKinds]uint32
 	// tightLoops says of each loop, in the order of the code, whether it is
 	// one of those openLeased is for; tightLoop of the one at hand.
 	tightLoops []bool
@@ -303,7 +303,7 @@ func (lw *lowering) function(defined int, s span) {
 	lw.segments = append(lw.segments[:0], segment{patch: -1})
 	lw.segment, lw.weight = 0, 0
 	lw.scratch = lw.scratch[:0]
-	lw.scratchs = [scratchKinds]uint32{}
+	lw.scratches = [scratchKinds]uint32{}
 	loop := 0
 	lw.lastConst = false
 	// Entering costs time for every value passed and every local zeroed.
@@ -626,15 +626,15 @@ const (
 
 // scratchLocal returns the index of a scratch local of the function at hand.
 func (lw *lowering) scratchLocal(kind int) uint32 {
-	if lw.scratchs[kind] == 0 {
+	if lw.scratches[kind] == 0 {
 		t := ValueI32
 		if kind == scratchI64A || kind == scratchI64B {
 			t = ValueI64
 		}
 		lw.scratch = append(lw.scratch, t)
-		lw.scratchs[kind] = uint32(lw.locals) + uint32(len(lw.scratch))
+		lw.scratches[kind] = uint32(lw.locals) + uint32(len(lw.scratch))
 	}
-	return lw.scratchs[kind] - 1
+	return lw.scratches[kind] - 1
 }
 
 // remainder replaces a rem b by a - a/b*b. Division by zero traps in the

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -112,7 +111,7 @@ func (r *response) flush() {
 		return
 	}
 	if r.rc.Flush() != nil {
-		r.gone()
+		_ = r.gone() // its error is for a writer
 	}
 }
 
@@ -217,5 +216,5 @@ func writeFault(w http.ResponseWriter, f *Fault) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(f.Status)
-	_, _ = io.WriteString(w, string(body)) // a lost engine ends the worker anyway
+	_, _ = w.Write(body) // a lost engine ends the worker anyway
 }

@@ -156,6 +156,8 @@ func (w *Worker) serve(ctx context.Context, l net.Listener) error {
 	server := &http.Server{
 		Handler:  w,
 		ErrorLog: slog.NewLogLogger(w.logger.Handler(), slog.LevelDebug),
+		// The only peer is the engine, which sends headers in one piece.
+		ReadHeaderTimeout: time.Minute,
 		// The engine's own limit, plus the fields it adds.
 		MaxHeaderBytes: 256 << 10,
 	}
