@@ -98,7 +98,7 @@ func readStatus(ctx context.Context, socket string) (status v1alpha1.NodeStatus,
 	}
 	resp, err := client.Do(req)
 	if err == nil {
-		defer resp.Body.Close() //nolint:errcheck // read side
+		defer resp.Body.Close()
 		if resp.StatusCode != http.StatusOK {
 			return status, nil, fail(exitUnreachable, fmt.Sprintf("what listens on %s answered %d; is it the agent's socket?", socket, resp.StatusCode), "")
 		}
