@@ -21,7 +21,7 @@ type publisher struct{ client *registry.Client }
 func (p publisher) Publish(ctx context.Context, name, modulePath, digest string, meta submit.ArtifactMeta) (v1alpha1.Artifact, error) {
 	artifact, err := p.client.Publish(ctx, functionsPrefix+name,
 		registry.Module{Path: modulePath, Digest: digest, Size: meta.SizeBytes},
-		registry.PublishOptions{Spin: registry.SpinOptions{Name: name, Executor: registry.ExecutorWAGI}, Tags: []string{"latest"}})
+		registry.PublishOptions{Spin: registry.SpinOptions{Name: name, Executor: registry.ExecutorWAGI}})
 	return artifact, publishError(err)
 }
 

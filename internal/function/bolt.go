@@ -727,19 +727,12 @@ func (s *Bolt) admit(ctx context.Context, name string, c Change) (*entry, error)
 	if err != nil && !errors.Is(err, ErrNotFound) {
 		return nil, err
 	}
-	if old != nil && c.Tenant != "" && c.Tenant != old.rec.Tenant {
-		return nil, fmt.Errorf("%w: %s", ErrTaken, name)
+	var f *Function
+	if old != nil {
+		f = &old.fn
 	}
-	if old != nil && c.Precondition.IfNoneMatchAny {
-		return nil, fmt.Errorf("%w: %s exists already", ErrPrecondition, name)
-	}
-	if tags := c.Precondition.IfMatch; len(tags) > 0 {
-		ok := old != nil && slices.ContainsFunc(tags, func(tag string) bool {
-			return tag == "*" || configPart(tag) == configTag(old.rec)
-		})
-		if !ok {
-			return nil, fmt.Errorf("%w: %s was changed since, or does not exist", ErrPrecondition, name)
-		}
+	if refused := c.Admits(name, f); refused != nil {
+		return nil, refused
 	}
 	return old, err
 }
@@ -873,7 +866,9 @@ func progress(e *entry, r *v1alpha1.FunctionReport, generation uint64, now time.
 		}
 		return rec, rev, activated
 	}
-	if len(r.Phases) > 0 {
+	// A node that loads a revision again (it was restarted, or rolled back to)
+	// reports fewer steps than the one that made it ready.
+	if len(r.Phases) > 0 && len(r.Phases) >= len(rev.NodePhases) {
 		rev.NodePhases = slices.Clone(r.Phases)
 	}
 	switch {

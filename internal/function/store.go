@@ -2,6 +2,8 @@ package function
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
@@ -98,6 +100,28 @@ type Change struct {
 	// IdempotencyKey, when set, must have been begun. That the change
 	// happened is recorded under it in the same transaction.
 	IdempotencyKey string
+}
+
+// Admits says whether the change may be made to the function as it is (nil: it
+// does not exist): nil, ErrTaken or ErrPrecondition. A store decides with it
+// in the transaction; others can find out early what is bound to be refused.
+func (c Change) Admits(name string, f *Function) error {
+	if f != nil && c.Tenant != "" && c.Tenant != f.Tenant {
+		return fmt.Errorf("%w: %s", ErrTaken, name)
+	}
+	if f != nil && c.Precondition.IfNoneMatchAny {
+		return fmt.Errorf("%w: %s exists already", ErrPrecondition, name)
+	}
+	tags := c.Precondition.IfMatch
+	if len(tags) == 0 {
+		return nil
+	}
+	if f == nil || !slices.ContainsFunc(tags, func(tag string) bool {
+		return tag == "*" || configPart(tag) != "" && configPart(tag) == configPart(f.ETag)
+	}) {
+		return fmt.Errorf("%w: %s was changed since, or does not exist", ErrPrecondition, name)
+	}
+	return nil
 }
 
 // Result is what a change came to.

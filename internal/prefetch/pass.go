@@ -171,7 +171,9 @@ func (l *Loop) served(f v1alpha1.DesiredFunction, p pushedEntry) {
 func (l *Loop) recompile(f v1alpha1.DesiredFunction, p pushedEntry, reason string, now time.Time) {
 	for _, c := range f.Candidates {
 		img := l.images[c.Artifact.Digest]
-		if c.Revision != p.fn.Revision || img == nil || img.state != imageWarm || img.ref.ID != p.fn.Object {
+		if c.Revision != p.fn.Revision || img == nil || img.state != imageWarm || img.ref.ID != p.fn.Object || img.made != p.made {
+			// The last: it was made anew since the engine was told, and bears
+			// the same name; what the engine says is about the old one.
 			continue
 		}
 		l.m.errors.WithLabelValues(control.ErrorObjectUnusable).Inc()

@@ -217,6 +217,11 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 	if err != nil {
 		return function.Result{}, err
 	}
+	// Before anything reaches the registry: a change that is going to be
+	// refused leaves no trace there either.
+	if err := change.Admits(name, current); err != nil {
+		return function.Result{}, err
+	}
 	if settings, err = merged(current); err != nil {
 		return function.Result{}, err
 	}
@@ -438,15 +443,10 @@ func (s *Server) changeOf(r *http.Request) (c function.Change, wait time.Duratio
 // early checks a precondition without the store's lock.
 func (s *Server) early(ctx context.Context, name string, c function.Change) error {
 	f, err := s.current(ctx, name)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case f == nil && len(c.Precondition.IfMatch) > 0, f != nil && c.Precondition.IfNoneMatchAny:
-		return function.ErrPrecondition
-	case f != nil && c.Tenant != "" && c.Tenant != f.Tenant:
-		return function.ErrTaken
 	}
-	return nil
+	return c.Admits(name, f)
 }
 
 // current returns the function, nil when there is none.
