@@ -437,21 +437,22 @@ func (d *dev) startChildren(ctx context.Context, group *errgroup.Group) error {
 	return nil
 }
 
-// stop ends the API, then the children, and waits for everything.
+// stop ends the children first, while the API still answers them, then the
+// API, and waits for everything.
 func (d *dev) stop(group *errgroup.Group) error {
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownDeadline)
-	defer cancel()
 	if d.submit != nil {
 		d.submit.Close() // long polls, followed logs and waits end now
-	}
-	for _, server := range d.servers {
-		if err := server.Shutdown(ctx); err != nil {
-			_ = server.Close()
-		}
 	}
 	if d.stopChildren != nil {
 		d.stopChildren()
 		_ = d.children.Wait()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownDeadline)
+	defer cancel()
+	for _, server := range d.servers {
+		if err := server.Shutdown(ctx); err != nil {
+			_ = server.Close()
+		}
 	}
 	_ = os.Remove(d.path("run", "address"))
 	return group.Wait()
@@ -536,7 +537,7 @@ func (d *dev) showReady(ctx context.Context, took time.Duration) {
 		status = " --socket " + paths.AgentSocket(d.o.DataDir)
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n%s in %.1f s. API and functions: %s\n", d.screen.paint(green, "Ready"), took.Seconds(), d.screen.paint(bold, d.clientURL()+"/"))
+	fmt.Fprintf(&b, "\n%s in %s. API and functions: %s\n", d.screen.paint(green, "Ready"), took.Round(10*time.Millisecond), d.screen.paint(bold, d.clientURL()+"/"))
 	fmt.Fprintf(&b, "\nTry next, in another terminal:\n\n")
 	for _, line := range [][2]string{
 		{name + " submit" + server + " examples/hello-go", "build a Go function, get its URL"},
