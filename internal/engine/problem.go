@@ -35,7 +35,6 @@ var titles = map[string]string{
 	"upgrade-unsupported":      "Protocol upgrade not supported",
 	"worker-lost":              "Function's worker ended",
 	"worker-out-of-memory":     "Worker is out of memory",
-	"worker-silent":            "Function's worker does not answer",
 	"function-not-loaded":      "Function is not ready",
 	"client-gone":              "Client went away",
 	"internal":                 "Internal error",

@@ -7,7 +7,7 @@ import (
 
 // LoweringVersion changes whenever Lower's output for some module does.
 // Stores keep it beside what they derive from lowered modules.
-const LoweringVersion = 1
+const LoweringVersion = 2
 
 // ReservedPrefix starts the export names that belong to the host; a module
 // that exports such a name itself is refused.
@@ -54,6 +54,14 @@ const (
 	// loops a lease gains nothing, measured on compiled C and Go.
 	leaseFuel = 2048
 	tightLoop = 32
+	// A loop that beginUnrolled is for is unrolled so often that about
+	// unrolledInstructions are run between two checks, but maxCopies times at
+	// most. More gains little, measured on compiled C.
+	unrolledInstructions = 64
+	maxCopies            = 8
+	// unrolledLabels is up to how many labels a br_table in such a loop may
+	// have: it counts as one instruction, but it takes space for each.
+	unrolledLabels = 8
 	// maxEntryValues caps the parameters, results and locals that entering a
 	// function is charged for, so that no check takes more than MinRefillFuel.
 	maxEntryValues = 1 << 16
@@ -200,11 +208,11 @@ type lowering struct {
 	// scratches is the index of each kind of scratch local plus one, or 0 if
 	// there is none yet.
 	scratches [scratchKinds]uint32
-	// tightLoops says of each loop, in the order of the code, whether it is
-	// one of those openLeased is for; tightLoop of the one at hand.
-	tightLoops []bool
-	tightLoop  bool
-	openLoops  []openLoop // of findTightLoops
+	// loops are those of the code, in its order; loop is the one at hand.
+	loops     []loopShape
+	loop      loopShape
+	openLoops []openLoop // of findTightLoops
+	unrolled  unrolledLoop
 	// last is the constant pushed by the instruction before, if it was an
 	// i32.const or i64.const.
 	last      int64
@@ -304,6 +312,7 @@ func (lw *lowering) function(defined int, s span) {
 	lw.segment, lw.weight = 0, 0
 	lw.scratch = lw.scratch[:0]
 	lw.scratches = [scratchKinds]uint32{}
+	lw.unrolled = unrolledLoop{}
 	loop := 0
 	lw.lastConst = false
 	// Entering costs time for every value passed and every local zeroed.
@@ -320,8 +329,8 @@ func (lw *lowering) function(defined int, s span) {
 		if !r.ok() {
 			return
 		}
-		if i.op == opLoop {
-			lw.tightLoop = lw.InterruptChecks && lw.tightLoops[loop]
+		if i.op == opLoop && lw.InterruptChecks {
+			lw.loop = lw.loops[loop]
 			loop++
 		}
 		lw.instruction(&i)
@@ -430,18 +439,39 @@ func (lw *lowering) openLeased() {
 	lw.segment, lw.weight = len(lw.segments)-1, 0
 }
 
+// loopShape is what lowering wants to know of a loop before it gets there.
+type loopShape struct {
+	// tight loops are those openLeased is for.
+	tight bool
+	// copies of the body to make, more than 1 for those beginUnrolled is for.
+	copies int
+}
+
 // openLoop is a block that findTightLoops is in.
 type openLoop struct {
-	loop  int // index in tightLoops, negative if it is no loop
+	loop  int // index in loops, negative if it is no loop
 	start int // instructions read before it
+	// void says that its type has neither parameters nor results, repeats
+	// that a branch goes to its label.
+	void, repeats bool
 }
 
 // findTightLoops reads the instructions of a body once and notes which loops
-// have neither calls nor more than tightLoop instructions.
+// have neither calls nor more than tightLoop instructions, and which of these
+// are to be unrolled: those that repeat at all, are innermost (or nested loops
+// would grow exponentially), have no values to pass on, and consist of
+// instructions that are lowered to themselves and are cheap enough for the
+// check to matter.
 func (lw *lowering) findTightLoops() {
-	lw.tightLoops, lw.openLoops = lw.tightLoops[:0], append(lw.openLoops[:0], openLoop{loop: -1})
+	lw.loops, lw.openLoops = lw.loops[:0], append(lw.openLoops[:0], openLoop{loop: -1})
 	var i instruction
-	lastCall := 0
+	lastCall, lastOther := 0, 0
+	repeats := func(label uint32) {
+		// Unknown labels are refused later.
+		if n := len(lw.openLoops); uint64(label) < uint64(n) {
+			lw.openLoops[n-1-int(label)].repeats = true
+		}
+	}
 	for n := 1; len(lw.openLoops) > 0; n++ {
 		if lw.next(&i); !lw.r.ok() {
 			return
@@ -450,16 +480,148 @@ func (lw *lowering) findTightLoops() {
 		case opBlock, opIf:
 			lw.openLoops = append(lw.openLoops, openLoop{loop: -1})
 		case opLoop:
-			lw.openLoops = append(lw.openLoops, openLoop{loop: len(lw.tightLoops), start: n})
-			lw.tightLoops = append(lw.tightLoops, false)
+			lw.openLoops = append(lw.openLoops, openLoop{loop: len(lw.loops), start: n, void: i.arity == 0})
+			lw.loops = append(lw.loops, loopShape{})
+			lastOther = n
 		case opEnd:
 			if l := lw.openLoops[len(lw.openLoops)-1]; l.loop >= 0 {
-				lw.tightLoops[l.loop] = n-l.start <= tightLoop && lastCall < l.start
+				length := n - l.start // with the end
+				s := loopShape{tight: length <= tightLoop && lastCall < l.start, copies: 1}
+				if s.tight && l.void && l.repeats && lastOther <= l.start {
+					s.copies = min(unrolledInstructions/length, maxCopies)
+				}
+				lw.loops[l.loop] = s
 			}
 			lw.openLoops = lw.openLoops[:len(lw.openLoops)-1]
+		case opBr, opBrIf:
+			repeats(i.index)
+		case opBrTable:
+			for _, l := range i.labels {
+				repeats(l)
+			}
+			if len(i.labels) > unrolledLabels {
+				lastOther = n
+			}
 		case opCall, opCallIndirect:
 			lastCall = n
+		case opI32RemS, opI32RemU, opI64RemS, opI64RemU, opMisc, opMemoryGrow:
+			lastOther = n
 		}
+	}
+}
+
+// unrolledLoop is the loop that is being unrolled, if there is one.
+type unrolledLoop struct {
+	// left is how many copies of the body are still to be made, that at hand
+	// included; 0 if no loop is being unrolled.
+	left int
+	// body is the offset of the original body, targets what code.targets was
+	// there.
+	body, targets int
+	// label is the index in frames of the block that stands for the loop;
+	// inserted how many blocks there are around the original body in its
+	// place, besides that.
+	label, inserted int
+}
+
+// beginUnrolled makes a tight loop without parameters and results run several
+// rounds for each check, because even a leased check is up to half the time of
+// a loop of four machine instructions:
+//
+//	block
+//		loop
+//			check
+//			block
+//				body
+//				br 2
+//			end
+//			… more of these
+//			body
+//		end
+//	end
+//
+// A branch to the loop's label, at the same depth, is now one to the end of
+// the innermost of these blocks, where the next copy begins, or from the last
+// copy to the loop. Branches that leave the loop pass the inserted blocks. The
+// original is valid exactly if the last copy is, which is as it was but for
+// the block around the loop; the types of the labels are the same.
+func (lw *lowering) beginUnrolled(i *instruction) {
+	lw.copyTo(i.start)
+	lw.emit(opBlock, voidBlock, opLoop, voidBlock)
+	outside := frame{op: opBlock, segment: lw.segment, start: lw.weight, in: unreached}
+	loop := outside
+	loop.op = opLoop
+	lw.frames = append(lw.frames, outside, loop)
+	lw.openLeased()
+	lw.spend(weightSimple)
+	lw.unrolled = unrolledLoop{left: lw.loop.copies, body: i.end, targets: lw.targets}
+	lw.beginCopy()
+}
+
+// beginCopy starts with the next copy of the body, of which there is one.
+func (lw *lowering) beginCopy() {
+	u := &lw.unrolled
+	u.inserted = 1
+	if u.left > 1 {
+		lw.emit(opBlock, voidBlock)
+		lw.frames = append(lw.frames, frame{op: opBlock, segment: lw.segment, start: lw.weight, in: unreached})
+		u.inserted = 2
+	}
+	u.label = len(lw.frames) - 1
+	lw.r.pos, lw.copied, lw.targets = u.body, u.body, u.targets
+}
+
+// endCopy is the end of a copy of the body.
+func (lw *lowering) endCopy(i *instruction) {
+	u := &lw.unrolled
+	u.left--
+	if u.left == 0 {
+		lw.endBlock() // the loop
+		lw.copyTo(i.end)
+		outside := &lw.frames[len(lw.frames)-1]
+		outside.in = max(outside.in, lw.weight)
+		lw.weight = unreached
+		lw.endBlock()
+		lw.emit(opEnd)
+		*u = unrolledLoop{}
+		return
+	}
+	lw.copyTo(i.start)
+	if lw.weight != unreached {
+		// As behind any loop, what is in force again is the check before it.
+		lw.spend(weightSimple)
+		outside := &lw.frames[len(lw.frames)-3]
+		outside.in = outside.start
+		lw.weight = unreached
+	}
+	lw.emit(opBr, 2, opEnd)
+	lw.endBlock()
+	lw.beginCopy()
+}
+
+// shift returns the label that stands for one of the original code.
+func (lw *lowering) shift(label uint32) uint32 {
+	if u := &lw.unrolled; u.left > 0 && int64(label) > int64(len(lw.frames)-1-u.label) {
+		label += uint32(u.inserted)
+	}
+	return label
+}
+
+// branch emits a branch instruction out of the unrolled loop anew.
+func (lw *lowering) branch(i *instruction) {
+	if lw.unrolled.left == 0 {
+		return
+	}
+	lw.copyTo(i.start)
+	lw.copied = i.end
+	lw.emit(i.op)
+	if i.op != opBrTable {
+		lw.body = appendU32(lw.body, lw.shift(i.index))
+		return
+	}
+	lw.body = appendU32(lw.body, uint32(len(i.labels)-1))
+	for _, l := range i.labels {
+		lw.body = appendU32(lw.body, lw.shift(l))
 	}
 }
 
@@ -500,15 +662,20 @@ func (lw *lowering) arrive(f *frame) {
 
 // label finds the block a branch goes to.
 func (lw *lowering) label(i *instruction, depth uint32) *frame {
-	if uint64(depth) >= uint64(len(lw.frames)) {
+	if uint64(depth) >= uint64(lw.nesting()) {
 		lw.r.fail(CodeInvalid, i.start, "unknown label %d", depth)
 		return &lw.frames[0]
 	}
-	return &lw.frames[len(lw.frames)-1-int(depth)]
+	return &lw.frames[len(lw.frames)-1-int(lw.shift(depth))]
+}
+
+// nesting is how many blocks are open in the original code.
+func (lw *lowering) nesting() int {
+	return len(lw.frames) - lw.unrolled.inserted
 }
 
 func (lw *lowering) push(i *instruction, arity int) {
-	if len(lw.frames) > lw.limits.NestingDepth {
+	if lw.nesting() > lw.limits.NestingDepth {
 		lw.r.fail(CodeLimitExceeded, i.start, "blocks nested deeper than %d", lw.limits.NestingDepth)
 		return
 	}
@@ -542,10 +709,14 @@ func (lw *lowering) instruction(i *instruction) {
 		lw.pay(i, weightOf(i))
 		lw.push(i, i.blockResults)
 	case opLoop:
+		if lw.InterruptChecks && lw.weight != unreached && lw.loop.copies > 1 && lw.nesting() <= lw.limits.NestingDepth {
+			lw.beginUnrolled(i)
+			return
+		}
 		lw.push(i, i.blockParams)
 		if lw.InterruptChecks && lw.weight != unreached {
 			lw.copyTo(i.end)
-			if lw.tightLoop {
+			if lw.loop.tight {
 				lw.openLeased()
 			} else {
 				lw.open()
@@ -565,22 +736,15 @@ func (lw *lowering) instruction(i *instruction) {
 		f.hasElse = true
 		lw.segment, lw.weight = f.segment, f.start
 	case opEnd:
-		f := &lw.frames[len(lw.frames)-1]
-		lw.arrive(f)
-		switch {
-		case f.op == opLoop:
-			f.in = unreached
-			if lw.weight != unreached {
-				f.in = f.start
-			}
-		case f.op == opIf && !f.hasElse:
-			f.in = max(f.in, f.start)
+		if lw.unrolled.left > 0 && len(lw.frames)-1 == lw.unrolled.label {
+			lw.endCopy(i)
+			return
 		}
-		lw.segment, lw.weight = f.segment, f.in
-		lw.frames = lw.frames[:len(lw.frames)-1]
+		lw.endBlock()
 	case opBr, opBrIf:
 		f := lw.label(i, i.index)
 		lw.pay(i, weightSimple+f.arity)
+		lw.branch(i)
 		lw.arrive(f)
 		if i.op == opBr {
 			lw.weight = unreached
@@ -591,6 +755,7 @@ func (lw *lowering) instruction(i *instruction) {
 			arity = max(arity, lw.label(i, l).arity)
 		}
 		lw.pay(i, 2*weightSimple+arity)
+		lw.branch(i)
 		for _, l := range i.labels {
 			lw.arrive(lw.label(i, l))
 		}
@@ -610,6 +775,23 @@ func (lw *lowering) instruction(i *instruction) {
 	default:
 		lw.pay(i, weightOf(i))
 	}
+}
+
+// endBlock closes the innermost block.
+func (lw *lowering) endBlock() {
+	f := &lw.frames[len(lw.frames)-1]
+	lw.arrive(f)
+	switch {
+	case f.op == opLoop:
+		f.in = unreached
+		if lw.weight != unreached {
+			f.in = f.start
+		}
+	case f.op == opIf && !f.hasElse:
+		f.in = max(f.in, f.start)
+	}
+	lw.segment, lw.weight = f.segment, f.in
+	lw.frames = lw.frames[:len(lw.frames)-1]
 }
 
 // Kinds of scratch locals. They are appended behind the original locals,

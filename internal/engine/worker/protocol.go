@@ -102,19 +102,18 @@ func (f *Fault) Error() string { return f.Detail }
 
 // Codes of a Fault of a request.
 const (
-	FaultTrap        = "function-trapped"
-	FaultExit        = "function-exited"
-	FaultOutput      = "invalid-response"
-	FaultTooLarge    = "response-too-large"
-	FaultDeadline    = "deadline-exceeded"
-	FaultMemory      = "function-out-of-memory"
-	FaultStack       = "stack-overflow"
-	FaultNoRoom      = "worker-out-of-memory"
-	FaultNotLoaded   = "function-not-loaded"
-	FaultClientGone  = "client-gone"
-	FaultInterrupted = "request-interrupted"
-	FaultRequest     = "request-body-failed"
-	FaultInternal    = "internal"
+	FaultTrap       = "function-trapped"
+	FaultExit       = "function-exited"
+	FaultOutput     = "invalid-response"
+	FaultTooLarge   = "response-too-large"
+	FaultDeadline   = "deadline-exceeded"
+	FaultMemory     = "function-out-of-memory"
+	FaultStack      = "stack-overflow"
+	FaultNoRoom     = "worker-out-of-memory"
+	FaultNotLoaded  = "function-not-loaded"
+	FaultClientGone = "client-gone"
+	FaultRequest    = "request-body-failed"
+	FaultInternal   = "internal"
 )
 
 const (
