@@ -4,19 +4,21 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 )
 
 // metrics are the engine's. No label takes a value from outside.
 type metrics struct {
-	registry *prometheus.Registry
-	requests *prometheus.CounterVec
-	phases   *prometheus.HistogramVec
-	restarts *prometheus.CounterVec
-	loads    *prometheus.CounterVec
-	inFlight prometheus.Gauge
-	retries  prometheus.Counter
-	logLines prometheus.Counter
-	logDrops prometheus.Counter
+	registry   *prometheus.Registry
+	requests   *prometheus.CounterVec
+	phases     *prometheus.HistogramVec
+	restarts   *prometheus.CounterVec
+	loads      *prometheus.CounterVec
+	loadPhases *prometheus.HistogramVec
+	inFlight   prometheus.Gauge
+	retries    prometheus.Counter
+	logLines   prometheus.Counter
+	logDrops   prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -40,6 +42,12 @@ func newMetrics() *metrics {
 			Name: "hearth_function_loads_total",
 			Help: "Loads of a function's object into a worker by result: ok, unusable, failed, crashed.",
 		}, []string{"result"}),
+		loadPhases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_function_load_duration_seconds",
+			Help: "Time it took to make a function warm in its worker, by phase: load, instantiate.",
+			// From a shared object (microseconds) to a large module on a busy machine.
+			Buckets: []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, []string{"phase"}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_inflight_requests",
 			Help: "Requests to functions that are in the engine now, queued ones included.",
@@ -57,7 +65,10 @@ func newMetrics() *metrics {
 			Help: "Lines that function logs lost, because they came too fast or could not be written.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.inFlight, m.retries, m.logLines, m.logDrops)
+	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.loadPhases, m.inFlight, m.retries, m.logLines, m.logDrops)
+	// The label keeps several processes of a machine apart in one scrape.
+	prometheus.WrapRegistererWith(prometheus.Labels{"process": "engine"}, m.registry).MustRegister(
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 

@@ -576,6 +576,11 @@ func (p *process) load(ctx context.Context, c *incarnation, r *revision) {
 	r.broadcast()
 	r.mu.Unlock()
 	p.engine.metrics.loads.WithLabelValues(result).Inc()
+	for _, phase := range loaded.Phases {
+		if phase.Name == "load" || phase.Name == "instantiate" { // bounds the label
+			p.engine.metrics.loadPhases.WithLabelValues(phase.Name).Observe(phase.Milliseconds / 1000)
+		}
+	}
 	if err != nil {
 		p.engine.logger.Warn("function not loaded", "function", r.spec.Name, "revision", r.spec.Revision, "error", err)
 		if result == "crashed" && !c.isDead() {
