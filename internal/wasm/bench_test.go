@@ -3,10 +3,13 @@ package wasm_test
 import (
 	"context"
 	"io"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tetratelabs/wazero"
+	"github.com/tetratelabs/wazero/api"
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 
 	"github.com/hearth-sh/hearth/internal/wasm"
@@ -88,5 +91,46 @@ func BenchmarkCheckpoint(b *testing.B) {
 	}
 	if _, err := i.ExportedFunction("f").Call(b.Context(), uint64(b.N)); err != nil {
 		b.Fatal(err)
+	}
+}
+
+// BenchmarkTightLoops runs loops as C compilers make them, a few instructions
+// each, which is where a check weighs most. Plain and lowered take turns.
+func BenchmarkTightLoops(b *testing.B) {
+	const n = 60_000 // bytes or rounds of each loop
+	counted := func(step int32, code ...any) []byte {
+		return rounds(0x20, 1, 0x21, 3, 0x03, 0x40, cat(code...), 0x20, 3, i32c(step), 0x6a, 0x22, 3, 0x20, 0, 0x49, 0x0d, 0, 0x0b)
+	}
+	for _, c := range []struct {
+		name string
+		m    []byte
+	}{
+		{"sieve", counted(3, 0x20, 3, i32c(1), 0x3a, 0, 0)},
+		{"sum", counted(1, 0x20, 3, 0x2d, 0, 0, 0x20, 2, 0x6a, 0x21, 2)},
+		{"hash", counted(1, 0x20, 2, 0x20, 3, 0x73, i32c(16777619), 0x6c, 0x21, 2)},
+		{"copy", counted(1, 0x20, 3, 0x20, 3, 0x2d, 0, 8, 0x3a, 0, 0)},
+		{"count", counted(1)},
+	} {
+		r := newRuntime(b)
+		plain := instantiate(b, r, c.m).ExportedFunction("f")
+		lowered := instantiate(b, r, mustLower(b, c.m, wasm.LowerOptions{Limits: wasm.DefaultLimits(), InterruptChecks: true}).Bytes).ExportedFunction("f")
+		b.Run(c.name, func(b *testing.B) {
+			var took [2][]time.Duration
+			for b.Loop() {
+				for k, f := range []api.Function{plain, lowered} {
+					start := time.Now()
+					if _, err := f.Call(b.Context(), n, 0); err != nil {
+						b.Fatal(err)
+					}
+					took[k] = append(took[k], time.Since(start))
+				}
+			}
+			slices.Sort(took[0])
+			slices.Sort(took[1])
+			p, l := took[0][len(took[0])/2], took[1][len(took[1])/2]
+			b.ReportMetric(float64(p.Nanoseconds()), "plain-ns")
+			b.ReportMetric(float64(l.Nanoseconds()), "lowered-ns")
+			b.ReportMetric(100*(float64(l)/float64(p)-1), "%slower")
+		})
 	}
 }

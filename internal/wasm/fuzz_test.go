@@ -76,7 +76,8 @@ func FuzzLowerKeepsInvalidModulesInvalid(f *testing.F) {
 				}
 				continue
 			}
-			if len(l.Bytes) > 16*len(b)+1024 {
+			// The worst are empty loops, five bytes each.
+			if len(l.Bytes) > 24*len(b)+1024 {
 				t.Fatalf("%d bytes became %d", len(b), len(l.Bytes))
 			}
 			c, err := r.CompileModule(t.Context(), l.Bytes)
@@ -309,7 +310,7 @@ func (g *generator) statement(budget int) {
 		g.emit(0x01)
 		return
 	}
-	switch g.next(14) {
+	switch g.next(16) {
 	case 0:
 		g.i32(budget - 1)
 		g.emit(0x21, g.next(3))
@@ -380,6 +381,52 @@ func (g *generator) statement(budget int) {
 		g.emit(0x04, 0x40, 0x00, 0x70, 0x1a, 0xfc, 11, 0, 0x0b)
 	case 13:
 		g.emit(i32c(int32(g.next(2))), 0x40, 0, 0x1a) // memory.grow
+	case 14, 15: // a tight loop that ends after some rounds wherever it branches
+		g.emit(i32c(int32(g.next(40))), 0x21, 3, 0x02, 0x40, 0x03, 0x40)
+		g.emit(0x20, 3, i32c(1), 0x6b, 0x22, 3, i32c(0), 0x4c, 0x0d, 1)
+		for range 1 + g.next(3) {
+			g.tight(0, 2)
+		}
+		if g.next(3) != 0 {
+			g.emit(0x0c, 0)
+		}
+		g.emit(0x0b, 0x0b)
+	}
+}
+
+// tight emits a few instructions for a loop inside a block, in depth blocks
+// inside the loop: to any of them it may branch.
+func (g *generator) tight(depth, budget int) {
+	condition := func() { g.emit(0x20, g.next(4), i32c(int32(1+g.next(7))), 0x71) }
+	label := func() int { return g.next(depth + 2) }
+	switch kind := g.next(8); {
+	case kind == 1:
+		g.emit(0x20, g.next(4), 0x41, g.next(64), 0x73, 0x21, g.next(3))
+	case kind == 2:
+		condition()
+		g.emit(0x20, g.next(4), 0x3a, 0, 0)
+	case kind == 3:
+		condition()
+		g.emit(0x0d, label())
+	case kind == 4:
+		condition()
+		g.emit(0x0e, 2, label(), label(), label())
+	case kind == 5 && budget > 0:
+		g.emit(0x02, 0x40)
+		g.tight(depth+1, budget-1)
+		g.tight(depth+1, budget-1)
+		g.emit(0x0b)
+	case kind >= 6 && budget > 0:
+		condition()
+		g.emit(0x04, 0x40)
+		g.tight(depth+1, budget-1)
+		if kind == 7 {
+			g.emit(0x05)
+			g.tight(depth+1, budget-1)
+		}
+		g.emit(0x0b)
+	default: // mix the locals
+		g.emit(0x20, g.next(4), 0x20, g.next(4), 0x6a, 0x21, g.next(3))
 	}
 }
 
