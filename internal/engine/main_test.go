@@ -76,11 +76,11 @@ var guests struct {
 func guestObject(t testing.TB, name string) precompile.ObjectRef {
 	t.Helper()
 	guests.once.Do(func() { guests.err = buildGuests() })
-	if guests.skip != "" {
+	if guests.skip != "" && os.Getenv("CI") == "" {
 		t.Skip(guests.skip)
 	}
-	if guests.err != nil {
-		t.Fatal(guests.err)
+	if guests.err != nil || guests.skip != "" {
+		t.Fatal(guests.err, guests.skip)
 	}
 	return guests.objects[name]
 }

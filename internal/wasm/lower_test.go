@@ -340,7 +340,7 @@ func remainderOf(op int, a, b int64) (uint64, bool) {
 func TestGoProgramComputesTheSameLowered(t *testing.T) {
 	guest, err := goGuest()
 	if err != nil {
-		t.Skip(err)
+		skip(t, err)
 	}
 	run := func(m []byte) string {
 		r := newRuntime(t)
