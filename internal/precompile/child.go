@@ -311,10 +311,15 @@ func fromWasm(err error) error {
 	return &Error{Code: code, Detail: e.Error()}
 }
 
-// compile writes the lowered module and its code to the output directory.
-// Making them durable is the parent's part.
+// compile writes the lowered module's code, and the module without the bodies
+// that the code was made from, to the output directory. Making them durable is
+// the parent's part.
 func (j *job) compile(ctx context.Context, lowered []byte) error {
-	if err := os.WriteFile(path.Join(outputPath(), moduleFile), lowered, 0o600); err != nil {
+	bodiless, err := wasm.WithoutBodies(lowered)
+	if err != nil {
+		return internalError(err, "taking the bodies out of the lowered module")
+	}
+	if err := os.WriteFile(path.Join(outputPath(), moduleFile), bodiless, 0o600); err != nil {
 		return internalError(err, "writing the lowered module")
 	}
 	start := time.Now()
@@ -339,5 +344,14 @@ func (j *job) compile(ctx context.Context, lowered []byte) error {
 	case err != nil:
 		return &Error{Code: CodeCompilerCrashed, Detail: fmt.Sprintf("the compiler gave up on this module: %v", err)}
 	}
-	return compiled.Close(ctx)
+	if err := compiled.Close(ctx); err != nil {
+		return internalError(err, "closing the compiled module")
+	}
+	// The engine looks for code by the module it is given, which will be the
+	// one without bodies.
+	target := CurrentTarget()
+	if err := os.Rename(path.Join(outputPath(), target.codePath(lowered)), path.Join(outputPath(), target.codePath(bodiless))); err != nil {
+		return badOutput(err)
+	}
+	return nil
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/hearth-sh/hearth/internal/sandbox"
+	"github.com/hearth-sh/hearth/internal/wasm"
 )
 
 func TestGuestsCompileLoadAndRun(t *testing.T) {
@@ -662,6 +663,28 @@ func TestLoadRefusesAMemoryOverItsLimit(t *testing.T) {
 	_ = l.Close(t.Context())
 	if _, err := Load(t.Context(), filepath.Join(ref.Dir, "gone"), LoadOptions{}); !errors.Is(err, ErrUnusable) {
 		t.Fatal(err)
+	}
+}
+
+// TestStoredModuleHasNoBodies: what is loaded beside machine code is not read
+// and validated all over again.
+func TestStoredModuleHasNoBodies(t *testing.T) {
+	s := openStore(t, t.TempDir())
+	ref := ensure(t, s, "a", cGuest(t))
+	stored, err := os.ReadFile(filepath.Join(ref.Dir, moduleFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bodiless, err := wasm.WithoutBodies(stored)
+	if err != nil || !bytes.Equal(stored, bodiless) {
+		t.Errorf("the stored module has bodies (%v)", err)
+	}
+	l, err := Load(t.Context(), ref.Dir, LoadOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 
