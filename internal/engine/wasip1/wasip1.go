@@ -194,18 +194,37 @@ var functions = []function{
 	{"sock_shutdown", types(i32, i32), constant(badf)},
 }
 
-// Instantiate adds the module to r. Guests of r find their Process in the
-// context they are called with, and end at once when there is none.
-func Instantiate(ctx context.Context, r wazero.Runtime) error {
+// Instantiate adds the module to r, with the functions that guest imports (nil:
+// all of them): making one costs about ten microseconds, and most guests use
+// few. Guests of r find their Process in the context they are called with, and
+// end at once when there is none.
+func Instantiate(ctx context.Context, r wazero.Runtime, guest wazero.CompiledModule) error {
+	wanted := func(string) bool { return true }
+	if guest != nil {
+		names := make(map[string]bool)
+		for _, f := range guest.ImportedFunctions() {
+			if module, name, _ := f.Import(); module == ModuleName {
+				names[name] = true
+			}
+		}
+		if len(names) == 0 {
+			return nil
+		}
+		wanted = func(name string) bool { return names[name] }
+	}
 	b := r.NewHostModuleBuilder(ModuleName)
 	for _, f := range functions {
-		b.NewFunctionBuilder().
-			WithGoModuleFunction(f.goFunc(), f.params, types(i32)).
-			Export(f.name)
+		if wanted(f.name) {
+			b.NewFunctionBuilder().
+				WithGoModuleFunction(f.goFunc(), f.params, types(i32)).
+				Export(f.name)
+		}
 	}
-	b.NewFunctionBuilder().
-		WithGoModuleFunction(api.GoModuleFunc(procExit), types(i32), nil).
-		Export("proc_exit")
+	if wanted("proc_exit") {
+		b.NewFunctionBuilder().
+			WithGoModuleFunction(api.GoModuleFunc(procExit), types(i32), nil).
+			Export("proc_exit")
+	}
 	_, err := b.Instantiate(ctx)
 	return err
 }

@@ -24,7 +24,7 @@ func TestEveryFunctionOfTheSnapshotHasItsSignature(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Instantiate(ctx, r); err != nil {
+	if err := Instantiate(ctx, r, nil); err != nil {
 		t.Fatal(err)
 	}
 	ours := r.Module(ModuleName).ExportedFunctionDefinitions()

@@ -53,7 +53,7 @@ func loadObject(ctx context.Context, dir string) (*precompile.Loaded, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load the compiled object: %w", err)
 	}
-	if err := wasip1.Instantiate(ctx, loaded.Runtime); err != nil {
+	if err := wasip1.Instantiate(ctx, loaded.Runtime, loaded.Module); err != nil {
 		_ = loaded.Close(context.WithoutCancel(ctx)) // the first error says it
 		return nil, fmt.Errorf("make the host module: %w", err)
 	}
