@@ -736,7 +736,10 @@ func TestWorkIsBoundedAndTheNewestGoesFirst(t *testing.T) {
 		if w.maxPulls > 2 || w.maxCompiles > 2 {
 			t.Errorf("%d pulls and %d compiles at once", w.maxPulls, w.maxCompiles)
 		}
-		if i := slices.Index(w.pulls, digestOf("newest", 1)); i < 0 || i > 7 { // four were under way, and four may start together
+		// It is started before all that wait. Pulls take no time here, so some
+		// that are started after it can overtake it in the same instant; first
+		// come, first served would make it the last of 31.
+		if i := slices.Index(w.pulls, digestOf("newest", 1)); i < 0 || i > 15 {
 			t.Errorf("the newest was pulled as number %d", i)
 		}
 		if w.last("f29").Progress != v1alpha1.ProgressReady {
