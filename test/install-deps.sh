@@ -2,16 +2,34 @@
 # Installs what the tests need beside Go, when it is missing: clang, the
 # WebAssembly linker, wasi-libc and the compiler runtime for wasm32 (guests),
 # gcc (the race detector), qemu (arm64), docker-registry with htpasswd (a
-# registry that is not ours).
-# Needs Debian or Ubuntu, and root or sudo only when something is missing.
+# registry that is not ours), and what a real Kubernetes cluster on this machine
+# needs beside the programs that test/cluster builds (runc, CNI plugins, etcd,
+# packet filters), and Python (an emulator of AWS). Where Debian starts an etcd of its own, it does no harm: the
+# tests use other addresses.
 set -eu
 
 packages="clang lld wasi-libc libclang-rt-dev-wasm32 gcc libc6-dev qemu-user-static docker-registry apache2-utils"
+cluster_packages="runc containernetworking-plugins etcd-server iproute2 iptables nftables conntrack"
+packages="$packages $cluster_packages python3 python3-venv"
+
+# What only root can run is beside everyone else's PATH.
+PATH="$PATH:/usr/sbin:/sbin"
+
+cluster_works() {
+	for tool in runc etcd ip iptables nft conntrack nsenter unshare; do
+		command -v $tool >/dev/null 2>&1 || return 1
+	done
+	for plugin in ptp host-local portmap loopback; do
+		[ -x /usr/lib/cni/$plugin ] || return 1
+	done
+}
 
 works() {
 	for tool in clang wasm-ld gcc qemu-aarch64-static docker-registry htpasswd; do
 		command -v $tool >/dev/null 2>&1 || return 1
 	done
+	cluster_works || return 1
+	python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || return 1
 	dir=$(mktemp -d)
 	printf '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n' >"$dir/probe.c"
 	status=0
@@ -20,30 +38,7 @@ works() {
 	return $status
 }
 
-works && exit 0
-
-if ! command -v apt-get >/dev/null 2>&1; then
-	echo "install-deps: the tests need a C compiler for WebAssembly (clang, wasm-ld, wasi-libc, compiler-rt for wasm32); install them with your package manager" >&2
-	exit 1
-fi
-if [ "$(id -u)" = 0 ]; then
-	sudo=
-elif command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
-	sudo="sudo -n"
-else
-	echo "install-deps: run this as root: apt-get install $packages" >&2
-	exit 1
-fi
-
-echo "install-deps: installing $packages" >&2
-export DEBIAN_FRONTEND=noninteractive
-# Lists may be missing on a fresh image; updating them costs seconds otherwise.
-# shellcheck disable=SC2086 # both are lists of words
-$sudo apt-get install -y -q --no-install-recommends $packages >/dev/null 2>&1 || {
-	$sudo apt-get update -q >/dev/null
-	$sudo apt-get install -y -q --no-install-recommends $packages >/dev/null
-}
-if ! works; then
-	echo "install-deps: installed $packages, but clang still cannot build for wasm32-wasi" >&2
-	exit 1
-fi
+purpose="the tests need a C compiler for WebAssembly (clang, wasm-ld, wasi-libc, compiler-rt for wasm32), gcc, qemu, a registry, Python, and what a cluster is made of"
+# shellcheck source=SCRIPTDIR/debian.sh
+. "$(dirname "$0")/debian.sh"
+install_missing

@@ -42,6 +42,7 @@ const (
 // check, publish, record (API), pull, verify, compile, store, load,
 // instantiate (node).
 type Phase struct {
+	// Name is the step's.
 	Name string `json:"name"`
 	// Milliseconds is wall-clock time.
 	Milliseconds float64 `json:"ms"`
@@ -60,6 +61,16 @@ type Settings struct {
 	Env map[string]string `json:"env,omitempty"`
 	// SecretNames lists, sorted, the environment variables whose values are secret.
 	SecretNames []string `json:"secrets,omitempty"`
+	// Runtime is what runs the function; empty means resident.
+	Runtime FunctionRuntime `json:"runtime,omitempty"`
+	// Host is an additional DNS name that the function answers to, and Routes
+	// the paths of it that reach the function (default "/").
+	Host   string   `json:"host,omitempty"`
+	Routes []string `json:"routes,omitempty"`
+	// Placement says on which nodes a resident function is kept ready.
+	Placement *FunctionPlacement `json:"placement,omitempty"`
+	// Autoscaling says how many pods a spin function has.
+	Autoscaling *FunctionAutoscaling `json:"autoscaling,omitempty"`
 }
 
 // Function is what the submit API shows of a function.
@@ -77,6 +88,9 @@ type Function struct {
 	// answers requests (0: none yet).
 	Revision       int `json:"revision"`
 	ActiveRevision int `json:"activeRevision"`
+	// Warm says on how many of the nodes that should have the function it
+	// answers without compiling, such as 2/3; empty on one machine.
+	Warm string `json:"warm,omitempty"`
 	// Digest is the sha256 of the module's bytes, Image the OCI reference
 	// (by digest) it was published as.
 	Digest   string   `json:"digest"`
@@ -93,7 +107,8 @@ type Function struct {
 // FunctionError is a failure of a revision on its way to being served.
 type FunctionError struct {
 	// Code is stable, kebab-case, and is the last segment of a problem type.
-	Code   string `json:"code"`
+	Code string `json:"code"`
+	// Detail is one sentence for people.
 	Detail string `json:"detail"`
 }
 

@@ -6,6 +6,9 @@ type Desired struct {
 	// Generation grows with every change; it orders snapshots of one source.
 	Generation uint64            `json:"generation"`
 	Functions  []DesiredFunction `json:"functions"`
+	// BaseDomain is what function names are prefixed to for their hosts. Empty:
+	// what the engine was started with.
+	BaseDomain string `json:"baseDomain,omitempty"`
 }
 
 // DesiredFunction is one function a node should serve.
@@ -14,11 +17,33 @@ type DesiredFunction struct {
 	Tenant string `json:"tenant"`
 	// Candidates are the revisions that may answer requests, best first: the
 	// newest wanted one, then the one that answered before. A node serves the
-	// first that it has warm.
+	// first that it has warm. Empty where the function is not placed on the node:
+	// requests are then forwarded to Peers, or asked to come back while there are
+	// none.
 	Candidates []DesiredRevision `json:"candidates"`
 	// Keep lists artifacts of older revisions that stay compiled, so that a
 	// rollback takes one request.
 	Keep []Artifact `json:"keep,omitempty"`
+	// Routes are further ways to the function beside its own name.
+	Routes []HostRoute `json:"routes,omitempty"`
+	// Peers are the gateways (IP address:port) of other nodes that serve the
+	// function now, at most MaxPeers of which are used. A node that does not
+	// serve it forwards to one of them.
+	Peers []string `json:"peers,omitempty"`
+	// TimeoutMS bounds a request that is forwarded where there are no
+	// Candidates to say so; 0: the longest that any function may have.
+	TimeoutMS int `json:"timeoutMs,omitempty"`
+}
+
+// MaxPeers is how many Peers of one function a node uses.
+const MaxPeers = 32
+
+// HostRoute is a DNS name and a path below which a function answers.
+type HostRoute struct {
+	// Host is in lower case and has no port.
+	Host string `json:"host"`
+	// Path begins with a slash and matches itself and everything below it.
+	Path string `json:"path"`
 }
 
 // Artifact names a published module.

@@ -60,6 +60,14 @@ type NodeStatus struct {
 	Store     *StoreStatus     `json:"store,omitempty"`
 	Engine    *EngineStatus    `json:"engine,omitempty"`
 	Disk      *DiskStatus      `json:"disk,omitempty"`
+	// Runtimes are the node's Wasm runtimes, by handler. They and the three
+	// below are of nodes of a cluster only.
+	Runtimes []RuntimeStatus `json:"runtimes,omitempty"`
+	Images   *ImagesStatus   `json:"images,omitempty"`
+	Instance *InstanceStatus `json:"instance,omitempty"`
+	// Interruption is what was announced for this machine and how far leaving
+	// it is; absent while nothing is.
+	Interruption *InterruptionStatus `json:"interruption,omitempty"`
 	// LastErrors are the most recent distinct errors, newest first, at most 16.
 	LastErrors []ErrorRecord `json:"lastErrors"`
 }
@@ -150,6 +158,84 @@ type WorkerStatus struct {
 	Functions int       `json:"functions"`
 	Restarts  int       `json:"restarts"`
 	RSSBytes  uint64    `json:"rssBytes"`
+}
+
+// RuntimeStatus is one way in which pods of this node can run Wasm.
+type RuntimeStatus struct {
+	// Name is the engine ("spin"), Handler what a RuntimeClass names; empty
+	// when containerd has none for this shim.
+	Name    string `json:"name"`
+	Handler string `json:"handler,omitempty"`
+	// Version and Binary are the shim's, empty when not known.
+	Version string `json:"version,omitempty"`
+	Binary  string `json:"binary,omitempty"`
+	// Proven is whether a module ran, with the right result, the last time it
+	// was tried; the node's label follows it.
+	Proven bool `json:"proven"`
+	// Since is when Proven last changed, ProvedAt when it was last tried.
+	Since    time.Time  `json:"since"`
+	ProvedAt *time.Time `json:"provedAt,omitempty"`
+	// Code is how the last attempt ended ("ok", "wrong-output"), Message the
+	// same in a sentence.
+	Code    string `json:"code,omitempty"`
+	Message string `json:"message,omitempty"`
+	// Problems say what is wrong with the installation and what to do.
+	Problems []string `json:"problems,omitempty"`
+}
+
+// ImagesStatus counts the container images that should be on the node.
+type ImagesStatus struct {
+	Total int `json:"total"`
+	Warm  int `json:"warm"`
+	// Failed counts those that are tried again later; Images has the reason.
+	Failed int `json:"failed"`
+	// Summary is one line: "12/14 warm, 1 pulling 43 %, 1 failed: …".
+	Summary string `json:"summary"`
+	// Images lists those that are not warm, by name, at most 100.
+	Images []ImageStatus `json:"images,omitempty"`
+}
+
+// ImageStatus is an image that is not warm yet.
+type ImageStatus struct {
+	Image string `json:"image"`
+	State string `json:"state"`
+	// Percent is how much of it is here while it is pulled, else absent.
+	Percent *int           `json:"percent,omitempty"`
+	Users   []string       `json:"users,omitempty"`
+	Error   *FunctionError `json:"error,omitempty"`
+	NextTry *time.Time     `json:"nextTry,omitempty"`
+}
+
+// InstanceStatus is what the instance metadata service says of this machine.
+type InstanceStatus struct {
+	ID        string `json:"id"`
+	Type      string `json:"type"`
+	Zone      string `json:"zone"`
+	LifeCycle string `json:"lifeCycle"`
+	Role      string `json:"role,omitempty"`
+}
+
+// InterruptionStatus says why this machine is being left, and how far that is.
+type InterruptionStatus struct {
+	// Kind is spot-interruption, rebalance, maintenance, lifecycle-termination
+	// or manual.
+	Kind string `json:"kind"`
+	// Simulated is true for one that `nodeagent simulate` began.
+	Simulated bool `json:"simulated,omitempty"`
+	// Phase is cordoned, draining, drained and so on.
+	Phase    string     `json:"phase"`
+	Since    time.Time  `json:"since"`
+	Deadline *time.Time `json:"deadline,omitempty"`
+	// Pods is how many pods leave, Gone how many have; the others are
+	// terminating or blocked by a disruption budget.
+	Pods        int `json:"pods"`
+	Gone        int `json:"gone"`
+	Terminating int `json:"terminating"`
+	Blocked     int `json:"blocked"`
+	// Forced counts pods deleted past their budget because time ran out.
+	Forced int      `json:"forced"`
+	Left   []string `json:"left,omitempty"`
+	Error  string   `json:"error,omitempty"`
 }
 
 // DiskStatus is the filesystem of the data directory.

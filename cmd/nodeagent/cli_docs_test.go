@@ -2,13 +2,15 @@ package main
 
 import (
 	"bytes"
-	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/urfave/cli/v2"
+
+	"github.com/hearth-sh/hearth/internal/command"
 )
 
 const cliReference = "../../docs/cli.md"
@@ -23,7 +25,7 @@ func TestCLIReferenceIsUpToDate(t *testing.T) {
 			t.Setenv(name, "")
 		}
 	}
-	got := reference(prepare(newApp()))
+	got := reference(command.Prepare(newApp()))
 	if *update {
 		if err := os.WriteFile(cliReference, got, 0o644); err != nil {
 			t.Fatal(err)
@@ -48,115 +50,42 @@ func reference(app *cli.App) []byte {
 	for _, c := range exitCodes {
 		fprintf(&b, "| %d | %s |\n", c.code, c.meaning)
 	}
-	fprintf(&b, "\n## Commands\n\n| command | |\n|---|---|\n")
-	for _, c := range app.VisibleCommands() {
-		if c.Name != "help" {
-			fprintf(&b, "| [`%s`](#%s) | %s |\n", c.Name, anchor("nodeagent "+c.Name), c.Usage)
-		}
-	}
-	for _, c := range app.VisibleCommands() {
-		if c.Name != "help" {
-			describe(&b, "nodeagent", c, 2)
-		}
-	}
+	fprintf(&b, "\n## Where the API is\n\n"+
+		"Every command that speaks to the API is told where it is in the same way. Without any of these options it is the one of\n"+
+		"`nodeagent dev` on this machine, whatever kubeconfig lies around: a cluster is only spoken to when `--cluster`, `--context` or\n"+
+		"`--kubeconfig` (or `HEARTH_CONTEXT`) says so. Options go before the environment; two of them that contradict each other are refused.\n\n"+
+		"With a kubeconfig (client certificate, token or credential plugin) the command makes a token of ten minutes for a ServiceAccount,\n"+
+		"reads the API's certificate authority and opens a port-forward to a ready pod of the API, without opening a port of this machine.\n"+
+		"For that the user needs, in the namespace of Hearth: `get` on the Service and the ConfigMap `hearth-api`, `list` on `endpointslices`,\n"+
+		"`create` on `serviceaccounts/token` of `hearth-cli`, `get` and `create` on `pods/portforward`. A token of the environment is not\n"+
+		"shown to it: that is for the API of `HEARTH_API`.\n\n%s", optionTable())
+	fprintf(&b, "\n## Commands\n\n%s", command.Reference(withoutAPIOptions(app), 2))
 	return b.Bytes()
 }
 
-func anchor(s string) string { return strings.ReplaceAll(s, " ", "-") }
-
-func describe(b *bytes.Buffer, prefix string, c *cli.Command, level int) {
-	name := prefix + " " + c.Name
-	fprintf(b, "\n%s %s\n\n", strings.Repeat("#", level), name)
-	fprintf(b, "%s.", strings.ToUpper(c.Usage[:1])+c.Usage[1:])
-	if len(c.Aliases) > 0 {
-		fprintf(b, " Short: `%s`.", strings.Join(c.Aliases, "`, `"))
-	}
-	fprintf(b, "\n\n")
-	if len(c.Subcommands) == 0 {
-		synopsis := name
-		if len(c.VisibleFlags()) > 0 {
-			synopsis += " [options]"
-		}
-		if c.ArgsUsage != "" {
-			synopsis += " " + c.ArgsUsage
-		}
-		fprintf(b, "```\n%s\n```\n", synopsis)
-	}
-	if c.Description != "" {
-		fprintf(b, "\n%s\n", blocks(c.Description))
-	}
-	header := false
-	for _, f := range c.Flags {
-		d, ok := f.(cli.DocGenerationFlag)
-		if v, visible := f.(cli.VisibleFlag); !ok || visible && !v.IsVisible() {
-			continue
-		}
-		if !header {
-			fprintf(b, "\n| option | meaning | default |\n|---|---|---|\n")
-			header = true
-		}
-		fprintf(b, "%s\n", optionRow(d, f.Names()))
-	}
-	for _, sub := range c.VisibleCommands() {
-		if sub.Name != "help" {
-			describe(b, name, sub, level+1)
-		}
-	}
+// optionTable describes the options that all commands share, once.
+func optionTable() string {
+	shared := slices.DeleteFunc(apiFlags(""), func(f cli.Flag) bool { return f.Names()[0] == "tenant" }) // means another thing each time
+	page := string(command.Reference(&cli.App{Name: "x", Commands: []*cli.Command{{Name: "y", Usage: "z", Flags: shared}}}, 2))
+	return page[strings.Index(page, "| option |"):]
 }
 
-func optionRow(d cli.DocGenerationFlag, names []string) string {
-	usage := d.GetUsage()
-	placeholder := ""
-	if before, rest, found := strings.Cut(usage, "`"); found {
-		if inside, after, closed := strings.Cut(rest, "`"); closed {
-			placeholder, usage = inside, before+inside+after
-		}
-	}
-	if placeholder == "" && d.TakesValue() {
-		placeholder = "VALUE"
-	}
-	var forms []string
-	for _, name := range names {
-		dashes := "--"
-		if len(name) == 1 {
-			dashes = "-"
-		}
-		forms = append(forms, dashes+name)
-	}
-	option := "`" + strings.Join(forms, "`, `")
-	if placeholder != "" {
-		option += " " + placeholder
-	}
-	def := d.GetDefaultText()
-	if !d.TakesValue() || def == `""` {
-		def = ""
-	}
-	if env := d.GetEnvVars(); len(env) > 0 {
-		usage += fmt.Sprintf(" (`$%s`)", strings.Join(env, "`, `$"))
-	}
-	return fmt.Sprintf("| %s` | %s | %s |", option, strings.ReplaceAll(usage, "|", `\|`), def)
-}
-
-// blocks turns indented lines of a description into code blocks.
-func blocks(s string) string {
-	var out []string
-	code := false
-	for _, line := range strings.Split(s, "\n") {
-		indented := strings.HasPrefix(line, "   ")
-		if indented && !code {
-			if len(out) > 0 && out[len(out)-1] != "" {
-				out = append(out, "")
+// withoutAPIOptions leaves out what optionTable says.
+func withoutAPIOptions(app *cli.App) *cli.App {
+	var walk func(commands []*cli.Command)
+	walk = func(commands []*cli.Command) {
+		for _, c := range commands {
+			before := len(c.Flags)
+			c.Flags = slices.DeleteFunc(c.Flags, func(f cli.Flag) bool {
+				grouped, ok := f.(cli.CategorizableFlag)
+				return ok && grouped.GetCategory() == apiCategory
+			})
+			if len(c.Flags) < before {
+				c.Description = strings.TrimSpace("Options: below, and [where the API is](#where-the-api-is).\n\n" + c.Description)
 			}
-			out = append(out, "```")
+			walk(c.Subcommands)
 		}
-		if !indented && code {
-			out = append(out, "```")
-		}
-		code = indented
-		out = append(out, strings.TrimPrefix(line, "   "))
 	}
-	if code {
-		out = append(out, "```")
-	}
-	return strings.Join(out, "\n")
+	walk(app.Commands)
+	return app
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/health"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 	"github.com/hearth-sh/hearth/internal/submit"
@@ -41,14 +42,12 @@ type outputs struct {
 // execute runs one command line as main does, with a fixed clock.
 func execute(t *testing.T, ctx context.Context, stdin string, args ...string) outputs {
 	t.Helper()
-	for _, name := range []string{"HEARTH_URL", "HEARTH_SOCKET", "HEARTH_DATA_DIR", "HEARTH_TENANT"} {
-		t.Setenv(name, "")
-	}
+	clearEnvironment(t)
 	var stdout, stderr bytes.Buffer
-	app := prepare(newApp())
+	app := command.Prepare(newApp())
 	app.Writer, app.ErrWriter, app.Reader = &stdout, &stderr, strings.NewReader(stdin)
 	app.Metadata = map[string]any{"now": func() time.Time { return fixedNow }}
-	err := app.RunContext(ctx, reorder(app, append([]string{"nodeagent"}, args...)))
+	err := app.RunContext(ctx, command.Reorder(app, append([]string{"nodeagent"}, args...)))
 	o := outputs{stdout: stdout.String(), stderr: stderr.String()}
 	if err != nil {
 		o.code = 1
@@ -289,7 +288,6 @@ func TestOutputOfEachCommand(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Setenv("HEARTH_URL", "")
 			args := tt.args
 			if tt.name != "unknown-command" {
 				args = append(args[:len(args):len(args)], "--url", a.URL)
@@ -665,7 +663,7 @@ func TestParseMiB(t *testing.T) {
 }
 
 func TestReorderMovesOptionsBeforeArguments(t *testing.T) {
-	app := prepare(newApp())
+	app := command.Prepare(newApp())
 	for in, want := range map[string]string{
 		"logs hello --follow":                     "logs --follow hello",
 		"logs hello -f --tail 5":                  "logs --follow --tail 5 hello",
@@ -677,14 +675,14 @@ func TestReorderMovesOptionsBeforeArguments(t *testing.T) {
 		"logs hello -- -f":                        "logs hello -- -f",
 		"invoke hello -":                          "invoke hello -",
 		"logs hello --help":                       "logs --help",
-		"logs h " + generateCompletion:            "logs h " + generateCompletion,
+		"logs h " + command.CompletionRequest:     "logs h " + command.CompletionRequest,
 		"nonsense a --b":                          "nonsense a --b",
 		"":                                        "",
 		"functions rollback hello --to":           "functions rollback --to hello",
 		"functions --help":                        "functions --help",
 		"submit ./dir --secret K --name=x --wait": "submit --secret K --name=x --wait ./dir",
 	} {
-		got := strings.Join(reorder(app, append([]string{"nodeagent"}, strings.Fields(in)...)), " ")
+		got := strings.Join(command.Reorder(app, append([]string{"nodeagent"}, strings.Fields(in)...)), " ")
 		if strings.TrimSpace(strings.TrimPrefix(got, "nodeagent")) != want {
 			t.Errorf("%q becomes %q, want %q", in, got, want)
 		}
@@ -692,7 +690,7 @@ func TestReorderMovesOptionsBeforeArguments(t *testing.T) {
 }
 
 func TestEveryCommandAndOptionSaysWhatItIs(t *testing.T) {
-	app := prepare(newApp())
+	app := command.Prepare(newApp())
 	var walk func(prefix string, commands []*cli.Command)
 	walk = func(prefix string, commands []*cli.Command) {
 		for _, c := range commands {
@@ -747,8 +745,8 @@ func TestCompletionScriptsAreComplete(t *testing.T) {
 
 func TestCompletionKnowsFunctions(t *testing.T) {
 	a := newFakeAPI(t)
-	os.Args = []string{"nodeagent", "functions", "get", generateCompletion} // the library looks there
-	got := execute(t, t.Context(), "", "functions", "get", "--url", a.URL, generateCompletion)
+	os.Args = []string{"nodeagent", "functions", "get", command.CompletionRequest} // the library looks there
+	got := execute(t, t.Context(), "", "functions", "get", "--url", a.URL, command.CompletionRequest)
 	if got.stdout != "broken\nfresh\nhello\n" {
 		t.Errorf("%+v", got)
 	}

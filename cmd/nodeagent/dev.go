@@ -7,6 +7,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
 
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/dev"
 	"github.com/hearth-sh/hearth/internal/paths"
 )
@@ -22,11 +23,12 @@ func devCommand() *cli.Command {
 			&cli.StringFlag{Name: "listen", Usage: "`ADDRESS` of the API and of functions; port 0 takes a free one", Value: "127.0.0.1:8080", EnvVars: []string{"HEARTH_LISTEN"}},
 			&cli.StringFlag{Name: "data-dir", Usage: "`DIR` where everything is kept", Value: paths.DataDir(), EnvVars: []string{"HEARTH_DATA_DIR"}},
 			&cli.StringFlag{Name: "base-domain", Usage: "`DOMAIN` below which each function has a host of its own, such as 203.0.113.7.nip.io", Value: "localhost", EnvVars: []string{"HEARTH_BASE_DOMAIN"}},
+			&cli.StringFlag{Name: "token-file", Usage: "`FILE` of the tokens that may use the API (docs/api.md, `nodeagent token line`); empty: whoever can connect may", EnvVars: []string{"HEARTH_DEV_TOKEN_FILE"}},
 			isolationFlag(),
 			workerMemoryFlag(),
 			storeBudgetFlag(),
 			&cli.BoolFlag{Name: "verbose", Usage: "repeat everything the agent and the engine log"},
-			logLevelFlag("warn"),
+			command.LogLevelFlag("warn"),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Bool("verbose") && !c.IsSet("log-level") {
@@ -34,7 +36,7 @@ func devCommand() *cli.Command {
 					return err
 				}
 			}
-			logger, err := loggerFrom(c)
+			logger, err := command.Logger(c)
 			if err != nil {
 				return err
 			}
@@ -46,6 +48,7 @@ func devCommand() *cli.Command {
 				Listen:          c.String("listen"),
 				DataDir:         c.String("data-dir"),
 				BaseDomain:      c.String("base-domain"),
+				TokenFile:       c.String("token-file"),
 				Isolation:       c.String("isolation"),
 				WorkerMemoryMiB: c.Int64("worker-memory"),
 				StoreBudgetMiB:  c.Int64("store-budget"),

@@ -21,6 +21,7 @@ import (
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/client"
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/paths"
 )
 
@@ -67,27 +68,50 @@ func doctorCommand() *cli.Command {
 		Name:  "doctor",
 		Usage: "check this machine and say what to do about what is wrong",
 		Description: "Looks at the kernel, limits, disk, data directory, clock, port, name resolution and the Go toolchain, then at the running " +
-			"agent, engine and API. It changes nothing. The exit code is 0 when there is nothing to do, 3 with warnings, 4 when something is broken.",
+			"agent, engine and API. On a node of a cluster it looks at containerd, each runtime, the agent's identity, the startup taint, instance metadata " +
+			"and the disk of images instead of what only a laptop needs. It changes nothing. The exit code is 0 when there is nothing to do, 3 with warnings, " +
+			"4 when something is broken.",
 		Flags: append(socketFlags(),
 			&cli.StringFlag{Name: "base-domain", Value: "localhost", EnvVars: []string{"HEARTH_BASE_DOMAIN"}, Usage: "`DOMAIN` under which functions have their names"},
+			&cli.StringFlag{Name: "containerd-socket", EnvVars: []string{"HEARTH_CONTAINERD_SOCKET"}, Usage: "`PATH` of containerd's socket, as the agent was told"},
+			&cli.StringFlag{Name: "kubeconfig", EnvVars: []string{"HEARTH_KUBECONFIG"}, Usage: "`FILE` of the kubelet's identity, as the agent was told"},
+			&cli.StringFlag{Name: "tainter-kubeconfig", EnvVars: []string{"HEARTH_TAINTER_KUBECONFIG"}, Usage: "`FILE` of the identity for taints, as the agent was told"},
+			&cli.StringFlag{Name: "node-name", EnvVars: []string{"NODE_NAME"}, Usage: "name of this node (default: what the agent says)"},
+			&cli.StringFlag{Name: "host-root", EnvVars: []string{"HEARTH_HOST_ROOT"}, Value: "/", Usage: "`DIR` at which the host's file system is seen"},
+			&cli.StringFlag{Name: "imds", EnvVars: []string{"HEARTH_IMDS"}, Value: "auto", Usage: "ask the instance metadata service: on, off, or auto (its absence is no finding where this does not look like EC2)"},
 			urlFlag(), outputFlag()),
 		Action: action(doctorAction),
 	}
 }
 
 func doctorAction(c *cli.Context) error {
-	if err := noArguments(c); err != nil {
+	if err := command.NoArguments(c); err != nil {
 		return err
 	}
 	asJSON, err := wantsJSON(c)
 	if err != nil {
 		return err
 	}
-	d := &doctor{socket: agentSocket(c), dataDir: c.String("data-dir"), baseDomain: c.String("base-domain"), now: nowOf(c)}
-	if d.dataDir == "" {
-		d.dataDir = paths.DataDir()
+	d := &doctor{socket: agentSocket(c), dataDir: c.String("data-dir"), baseDomain: c.String("base-domain"), now: nowOf(c), explicitURL: c.IsSet("url")}
+	d.node = nodeOptions{
+		hostRoot: c.String("host-root"), containerdSocket: c.String("containerd-socket"), kubeconfig: c.String("kubeconfig"),
+		tainter: c.String("tainter-kubeconfig") != "", imds: c.String("imds"), nodeName: c.String("node-name"),
+		inPod: os.Getenv("KUBERNETES_SERVICE_HOST") != "",
 	}
-	if d.client, err = newClient(c, nil); err != nil {
+	if i := d.node.imds; i != "auto" && i != "on" && i != "off" {
+		return usageError("--imds %q is not on, off or auto", i)
+	}
+	if d.node.kubeconfig == "" {
+		d.node.kubeconfig = firstFile(kubeletKubeconfigs)
+	}
+	var systemDir string
+	systemDir, d.system = systemDataDir(d.socket)
+	if d.dataDir == "" {
+		if d.dataDir = systemDir; !d.system {
+			d.dataDir = paths.DataDir()
+		}
+	}
+	if d.client, err = machineClient(c); err != nil {
 		return err
 	}
 	defer d.client.Close()
@@ -96,6 +120,7 @@ func doctorAction(c *cli.Context) error {
 	}
 	p := newProgress(c.App.ErrWriter, true)
 	result := diagnosis{APIVersion: v1alpha1.APIVersion, Kind: "Diagnosis", State: findingOK}
+	d.look(c.Context)
 	for _, check := range d.checks() {
 		p.start("checking " + check.code)
 		ctx, cancel := context.WithTimeout(c.Context, doctorStepWait)
@@ -156,8 +181,16 @@ type doctor struct {
 	client                      *client.Client
 	now                         time.Time
 
+	explicitURL bool
+	// system is whether the agent is a service of the machine, rather than a
+	// part of `nodeagent dev`.
+	system bool
+	node   nodeOptions
+
+	// status is the agent's word; nil where statusErr says why there is none.
+	status    *v1alpha1.NodeStatus
+	statusErr error
 	// Found by one check, used by later ones.
-	status   *v1alpha1.NodeStatus
 	apiReady bool
 	apiThere bool
 }
@@ -167,8 +200,18 @@ type doctorCheck struct {
 	run       func(context.Context) finding
 }
 
+// look asks the agent: what it says decides which checks there are.
+func (d *doctor) look(ctx context.Context) {
+	status, _, err := readStatus(ctx, d.socket)
+	if err != nil {
+		d.statusErr = err
+		return
+	}
+	d.status = &status
+}
+
 func (d *doctor) checks() []doctorCheck {
-	return []doctorCheck{
+	checks := []doctorCheck{
 		{"landlock", "it keeps workers from every file but the compiled functions", d.landlock},
 		{"seccomp", "it keeps workers from system calls they have no use for", d.seccomp},
 		{"memory", "guests' memory is reserved at its limit and used as it grows", d.overcommit},
@@ -176,13 +219,25 @@ func (d *doctor) checks() []doctorCheck {
 		{"data-directory", "functions, artifacts and compiled code are kept there, for its owner only", d.dataDirectory},
 		{"disk", "a module is stored as uploaded, as published and as compiled", d.disk},
 		{"clock", "revisions, logs and certificates are ordered and judged by time", d.clock},
-		{"go", "`nodeagent submit DIR` builds Go modules with it", d.goToolchain},
-		{"agent", "it pulls, compiles and watches functions on this machine", d.agent},
-		{"engine", "it answers requests to functions", d.engine},
-		{"api", "functions are submitted to it and listed by it", d.api},
-		{"port", "the API and the functions answer there", d.port},
-		{"base-domain", "functions have names such as http://hello." + d.baseDomain + "/", d.resolve},
 	}
+	// What is submitted on a laptop is submitted elsewhere for a node.
+	laptop := !d.system && !d.isCluster()
+	if laptop {
+		checks = append(checks, doctorCheck{"go", "`nodeagent submit DIR` builds Go modules with it", d.goToolchain})
+	}
+	checks = append(checks,
+		doctorCheck{"agent", "it pulls, compiles and watches functions on this machine", d.agent},
+		doctorCheck{"engine", "it answers requests to functions", d.engine})
+	if laptop || d.explicitURL {
+		checks = append(checks, doctorCheck{"api", "functions are submitted to it and listed by it", d.api})
+	}
+	if laptop {
+		checks = append(checks,
+			doctorCheck{"port", "the API and the functions answer there", d.port},
+			doctorCheck{"base-domain", "functions have names such as http://hello." + d.baseDomain + "/", d.resolve})
+	}
+	checks = append(checks, d.nodeChecks()...)
+	return append(checks, d.failingChecks(checks)...)
 }
 
 func ok(format string, args ...any) finding {
@@ -266,6 +321,8 @@ func (d *doctor) dataDirectory(context.Context) finding {
 		return broken("move it away or choose another one with --data-dir", "%s is not a directory", d.dataDir)
 	case info.Mode().Perm()&0o022 != 0:
 		return broken("chmod go-w "+d.dataDir, "others can write to %s (mode %04o)", d.dataDir, info.Mode().Perm())
+	case d.system && os.Getuid() != 0:
+		return ok("%s can be written to by its owner only", d.dataDir)
 	case unix.Access(d.dataDir, unix.W_OK|unix.X_OK) != nil:
 		return broken("run as its owner or choose another one with --data-dir", "%s cannot be written to by user %d", d.dataDir, os.Getuid())
 	}
@@ -343,16 +400,19 @@ func firstNumber(s string) string {
 	return s[:end]
 }
 
-func (d *doctor) agent(ctx context.Context) finding {
-	status, _, err := readStatus(ctx, d.socket)
-	if err != nil {
-		message, _, _ := strings.Cut(err.Error(), "\n")
-		if _, statErr := os.Lstat(d.socket); errors.Is(statErr, os.ErrNotExist) {
-			return warning("start it with `nodeagent dev`, or say where it is with --socket or --data-dir", "no agent runs here: there is no socket %s", d.socket)
+func (d *doctor) agent(context.Context) finding {
+	if d.status == nil {
+		message, _, _ := strings.Cut(d.statusErr.Error(), "\n")
+		_, statErr := os.Lstat(d.socket)
+		switch {
+		case errors.Is(statErr, os.ErrNotExist):
+			return warning(d.startRemedy(), "no agent runs here: there is no socket %s", d.socket)
+		case unix.Access(d.socket, unix.W_OK) == unix.EACCES:
+			return broken("run doctor as the user that the agent runs as (root for a system service)", "user %d may not ask the agent on %s", os.Getuid(), d.socket)
 		}
-		return broken("restart nodeagent; its log says why it stopped", "%s", message)
+		return broken(d.restartRemedy(), "%s", message)
 	}
-	d.status = &status
+	status := d.status
 	if status.State == v1alpha1.NodeHealthy {
 		return ok("the agent answers: %s", status.Summary)
 	}
@@ -373,6 +433,8 @@ func (d *doctor) engine(context.Context) finding {
 	switch {
 	case d.status == nil:
 		return skipped("only the agent could tell")
+	case d.status.Engine == nil && (d.system || d.isCluster()):
+		return skipped("the agent has nothing for an engine here")
 	case d.status.Engine == nil:
 		return warning("look again in a moment, then at the engine's log", "the agent does not know how the engine is")
 	case !d.status.Engine.Reachable:
@@ -392,11 +454,11 @@ func (d *doctor) api(ctx context.Context) finding {
 		d.apiThere = true
 		return broken("see `nodeagent status`", "the API at %s is not ready: %s", d.client.URL(), problem)
 	case errors.As(err, &problem):
-		return broken("stop the other program, or say where the API is with --url", "what answers at %s is not Hearth's API: %s", d.client.URL(), problem)
+		return broken("stop the other program, or say where the API is with --api", "what answers at %s is not Hearth's API: %s", d.client.URL(), problem)
 	case d.status == nil && refusedText(err):
-		return warning("start it with `nodeagent dev`, or say where it is with --url", "nothing answers at %s", d.client.URL())
+		return warning("start it with `nodeagent dev`, or say where it is with --api", "nothing answers at %s", d.client.URL())
 	}
-	return broken("start it with `nodeagent dev`, or say where it is with --url", "%v", err)
+	return broken("start it with `nodeagent dev`, or say where it is with --api", "%v", err)
 }
 
 func refusedText(err error) bool { return errors.Is(err, unix.ECONNREFUSED) }
@@ -424,7 +486,7 @@ func (d *doctor) port(ctx context.Context) finding {
 			who = holder
 		}
 	}
-	return broken("stop it, or choose another address with `nodeagent dev --listen 127.0.0.1:PORT` and --url", "%s is in use by %s", address, who)
+	return broken("stop it, or choose another address with `nodeagent dev --listen 127.0.0.1:PORT` and --api", "%s is in use by %s", address, who)
 }
 
 func isLoopback(host string) bool {

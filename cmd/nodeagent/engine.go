@@ -1,13 +1,20 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/engine"
 	"github.com/hearth-sh/hearth/internal/engine/worker"
 	"github.com/hearth-sh/hearth/internal/paths"
@@ -45,18 +52,20 @@ func engineCommand() *cli.Command {
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "listen", Usage: "`ADDRESS` on which functions (and the API, with --api-socket) are served", Value: "127.0.0.1:8080", EnvVars: []string{"HEARTH_LISTEN"}},
 			&cli.IntFlag{Name: "listen-fd", Usage: "inherited descriptor of a listener, instead of --listen", Hidden: true},
+			&cli.StringFlag{Name: "http-listen", Usage: "`ADDRESS` on which /livez, /readyz and /metrics answer, such as :9641; empty for none", EnvVars: []string{"HEARTH_ENGINE_HTTP_LISTEN"}},
 			&cli.StringFlag{Name: "control-socket", Usage: "unix socket on which the agent feeds the engine", Value: paths.EngineSocket(dataDir)},
 			&cli.StringFlag{Name: "api-socket", Usage: "unix socket of the submit API, to which /v1, /v2 and the like are passed on; empty for none"},
 			&cli.StringFlag{Name: "base-domain", Usage: "`DOMAIN` below which each function has a host of its own", Value: "localhost", EnvVars: []string{"HEARTH_BASE_DOMAIN"}},
 			&cli.StringFlag{Name: "store-dir", Usage: "the store of compiled functions (read only)", Value: filepath.Join(dataDir, "store")},
 			&cli.StringFlag{Name: "log-dir", Usage: "where functions' logs are kept", Value: filepath.Join(dataDir, "logs")},
+			&cli.BoolFlag{Name: "log-stdout", Usage: "write functions' logs to standard output as well, a JSON object a line, for those who collect logs of processes", EnvVars: []string{"HEARTH_ENGINE_LOG_STDOUT"}},
 			isolationFlag(),
 			workerMemoryFlag(),
-			logLevelFlag("info"),
+			command.LogLevelFlag("info"),
 			lifelineFlag(),
 		},
 		Action: func(c *cli.Context) error {
-			logger, err := loggerFrom(c)
+			logger, err := command.Logger(c)
 			if err != nil {
 				return err
 			}
@@ -67,8 +76,22 @@ func engineCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			probes, err := probeListener(c)
+			if err != nil {
+				_ = listener.Close() // the first error says it
+				return err
+			}
+			if err := awaitDirectory(c.Context, filepath.Dir(c.String("control-socket")), logger); err != nil {
+				return err
+			}
+			var logOutput io.Writer
+			if c.Bool("log-stdout") {
+				logOutput = os.Stdout
+			}
 			return engine.Run(c.Context, engine.Options{
+				LogOutput:         logOutput,
 				Listener:          listener,
+				Probes:            probes,
 				ControlSocket:     c.String("control-socket"),
 				APISocket:         c.String("api-socket"),
 				BaseDomain:        c.String("base-domain"),
@@ -99,6 +122,47 @@ func listenerFrom(c *cli.Context) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w; stop what uses it or choose another --listen", c.String("listen"), err)
 	}
 	return listener, nil
+}
+
+// probeListener opens --http-listen; nil without.
+func probeListener(c *cli.Context) (net.Listener, error) {
+	address := c.String("http-listen")
+	if address == "" {
+		return nil, nil
+	}
+	listener, err := (&net.ListenConfig{}).Listen(c.Context, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w; stop what uses it or choose another --http-listen", address, err)
+	}
+	return listener, nil
+}
+
+// directoryPatience is how long the engine of a node waits for the agent to
+// hand over the directory of its control socket.
+const directoryPatience = 2 * time.Minute
+
+// awaitDirectory waits while dir exists and this user may not make a socket
+// in it: in a pod the directory is made as root, and the agent hands it over.
+func awaitDirectory(ctx context.Context, dir string, logger *slog.Logger) error {
+	deadline := time.Now().Add(directoryPatience)
+	for said := false; ; {
+		err := unix.Access(dir, unix.W_OK|unix.X_OK)
+		if !errors.Is(err, unix.EACCES) {
+			return nil // there, or to be made, or a better error follows
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("no socket can be made in %s: %w; the agent hands it over with --engine-user", dir, err)
+		}
+		if !said {
+			logger.Info("waiting for the agent to hand over the directory of the control socket", "directory", dir)
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 }
 
 func isolationFlag() *cli.StringFlag {

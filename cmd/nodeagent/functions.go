@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"maps"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/client"
+	"github.com/hearth-sh/hearth/internal/command"
 )
 
 func functionsCommand() *cli.Command {
@@ -23,34 +25,38 @@ func functionsCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name: "list", Aliases: []string{"ls"}, Usage: "list the functions",
-				Flags:  []cli.Flag{tenantFlag("list only functions of this `TENANT`"), urlFlag(), outputFlag()},
+				Description: "With a kubeconfig it lists the functions of its context's namespace, unless --tenant or --all-tenants says otherwise.",
+				Flags: append([]cli.Flag{
+					&cli.BoolFlag{Name: "all-tenants", Aliases: []string{"A"}, Usage: "list the functions of all tenants", DisableDefaultText: true},
+					outputFlag(),
+				}, apiFlags("list only functions of this `TENANT`")...),
 				Action: action(functionsList),
 			},
 			{
 				Name: "get", Usage: "show one function", ArgsUsage: "NAME",
-				Flags:        []cli.Flag{urlFlag(), outputFlag()},
+				Flags:        append([]cli.Flag{outputFlag()}, apiFlags(ownerUsage)...),
 				Action:       action(functionsGet),
 				BashComplete: completeFunctions,
 			},
 			{
 				Name: "revisions", Usage: "list a function's revisions, newest first", ArgsUsage: "NAME",
-				Flags:        []cli.Flag{urlFlag(), outputFlag()},
+				Flags:        append([]cli.Flag{outputFlag()}, apiFlags(ownerUsage)...),
 				Action:       action(functionsRevisions),
 				BashComplete: completeFunctions,
 			},
 			{
 				Name: "rollback", Usage: "go back to an older revision", ArgsUsage: "NAME",
 				Description: "Without --to it is the revision that answered before the present one. It is still compiled, so this takes a moment only.",
-				Flags: []cli.Flag{
+				Flags: append([]cli.Flag{
 					&cli.IntFlag{Name: "to", Usage: "number of the `REVISION` to go back to", DefaultText: "the one that answered before"},
-					waitFlag(), urlFlag(), outputFlag(),
-				},
+					waitFlag(), outputFlag(),
+				}, apiFlags(ownerUsage)...),
 				Action:       action(functionsRollback),
 				BashComplete: completeFunctions,
 			},
 			{
 				Name: "delete", Aliases: []string{"rm"}, Usage: "delete a function with all its revisions", ArgsUsage: "NAME",
-				Flags:        []cli.Flag{urlFlag()},
+				Flags:        apiFlags(ownerUsage),
 				Action:       action(functionsDelete),
 				BashComplete: completeFunctions,
 			},
@@ -60,10 +66,10 @@ func functionsCommand() *cli.Command {
 					"Examples:\n" +
 					"   nodeagent functions set hello --memory 64MiB --timeout 5s\n" +
 					"   nodeagent functions set hello --env GREETING=hi --unset-env OLD --secret API_KEY",
-				Flags: append(settingsFlags(),
+				Flags: append(append(settingsFlags(),
 					&cli.GenericFlag{Name: "unset-env", Value: &repeated{}, Usage: "remove the environment variable `NAME`; repeatable"},
 					&cli.GenericFlag{Name: "unset-secret", Value: &repeated{}, Usage: "remove the secret `NAME`; repeatable"},
-					waitFlag(), urlFlag(), outputFlag()),
+					waitFlag(), outputFlag()), apiFlags(ownerUsage)...),
 				Action:       action(functionsSet),
 				BashComplete: completeFunctions,
 			},
@@ -72,15 +78,45 @@ func functionsCommand() *cli.Command {
 }
 
 // withFunction runs f with a client and the function named by the argument.
-func withFunction(c *cli.Context, f func(cl *client.Client, name string, asJSON bool) error) error {
+func withFunction(c *cli.Context, f func(cl *connection, name string, asJSON bool) error) error {
 	name, err := functionArgument(c)
 	if err != nil {
 		return err
 	}
-	return withClient(c, func(cl *client.Client, asJSON bool) error { return f(cl, name, asJSON) })
+	return withClient(c, func(cl *connection, asJSON bool) error {
+		if err := checkOwner(c.Context, cl, name); err != nil {
+			return err
+		}
+		return f(cl, name, asJSON)
+	})
 }
 
-func withClient(c *cli.Context, f func(cl *client.Client, asJSON bool) error) error {
+// ownerUsage is what --tenant means where a function is named: names are
+// unique across tenants, so it is no part of them.
+const ownerUsage = "`TENANT` that the function must belong to"
+
+// checkOwner holds --tenant, if it was given, against the function's tenant: a
+// command meant for one tenant changes nothing of another.
+func checkOwner(ctx context.Context, cl *connection, name string) error {
+	if cl.choice.Tenant == "" {
+		return nil
+	}
+	f, _, err := cl.Get(ctx, name)
+	if err != nil {
+		return err
+	}
+	return checkTenant(cl, f)
+}
+
+func checkTenant(cl *connection, f v1alpha1.Function) error {
+	if wanted := cl.choice.Tenant; wanted != "" && f.Tenant != wanted {
+		return fail(exitRefused, fmt.Sprintf("%s belongs to the tenant %s, not to %s", printable(f.Name), printable(f.Tenant), printable(wanted)),
+			"leave --tenant (or HEARTH_TENANT) out, or name that tenant")
+	}
+	return nil
+}
+
+func withClient(c *cli.Context, f func(cl *connection, asJSON bool) error) error {
 	asJSON := false
 	if c.String("output") != "" {
 		var err error
@@ -88,7 +124,9 @@ func withClient(c *cli.Context, f func(cl *client.Client, asJSON bool) error) er
 			return err
 		}
 	}
-	cl, err := newClient(c, newProgress(c.App.ErrWriter, asJSON))
+	p := newProgress(c.App.ErrWriter, asJSON)
+	cl, err := connectAPI(c.Context, c, p, true)
+	p.stop()
 	if err != nil {
 		return err
 	}
@@ -97,11 +135,18 @@ func withClient(c *cli.Context, f func(cl *client.Client, asJSON bool) error) er
 }
 
 func functionsList(c *cli.Context) error {
-	if err := noArguments(c); err != nil {
+	if err := command.NoArguments(c); err != nil {
 		return err
 	}
-	return withClient(c, func(cl *client.Client, asJSON bool) error {
-		list, err := cl.List(c.Context, c.String("tenant"))
+	return withClient(c, func(cl *connection, asJSON bool) error {
+		tenant := cl.tenant
+		if c.Bool("all-tenants") {
+			if cl.choice.Tenant != "" && c.IsSet("tenant") {
+				return usageError("--tenant and --all-tenants contradict each other; give one of them")
+			}
+			tenant = ""
+		}
+		list, err := cl.List(c.Context, tenant)
 		if err != nil {
 			return err
 		}
@@ -109,18 +154,45 @@ func functionsList(c *cli.Context) error {
 			return printJSON(c.App.Writer, list)
 		}
 		if len(list.Items) == 0 {
-			fprintf(c.App.Writer, "There are no functions yet. Submit one: nodeagent submit FILE|DIR\n")
+			where := ""
+			if tenant != "" {
+				where = " of the tenant " + printable(tenant)
+			}
+			fprintf(c.App.Writer, "There are no functions%s yet. Submit one: nodeagent submit FILE|DIR\n", where)
 			return nil
 		}
 		t, now := terminalOf(c.App.Writer), nowOf(c)
 		table := newTable(c.App.Writer)
-		fprintf(table, "NAME\t%s\tREVISION\tTENANT\tCHANGED\tURL\n", t.paint(plain, "STATE"))
+		// Nodes and runtimes are a cluster's.
+		nodes := slices.ContainsFunc(list.Items, func(f v1alpha1.Function) bool { return f.Warm != "" || f.Settings.Runtime != "" })
+		warm := func(s string) string {
+			if nodes {
+				return s + "\t"
+			}
+			return ""
+		}
+		fprintf(table, "NAME\t%s\tREVISION\t%sTENANT\tCHANGED\tURL\n", t.paint(plain, "STATE"), warm("WARM\tRUNTIME"))
 		for _, f := range list.Items {
-			fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", printable(f.Name), t.paint(stateColour(string(f.State)), printable(string(f.State))),
-				revisionText(f), printable(f.Tenant), age(now, f.UpdatedAt), printable(f.URL))
+			fprintf(table, "%s\t%s\t%s\t%s%s\t%s\t%s\n", printable(f.Name), t.paint(stateColour(string(f.State)), printable(string(f.State))),
+				revisionText(f), warm(printable(f.Warm)+"\t"+runtimeText(f.Settings)), printable(f.Tenant), age(now, f.UpdatedAt), printable(f.URL))
 		}
 		return table.Flush()
 	})
+}
+
+func runtimeText(s v1alpha1.Settings) string {
+	if s.Runtime == "" {
+		return string(v1alpha1.RuntimeResident)
+	}
+	return printable(string(s.Runtime))
+}
+
+// warmText says where the function answers without compiling.
+func warmText(f v1alpha1.Function) string {
+	if f.Settings.Runtime == v1alpha1.RuntimeSpin {
+		return printable(f.Warm) // pods, wherever they are
+	}
+	return printable(f.Warm) + " nodes"
 }
 
 // revisionText is the newest revision, and the one that answers when that is another.
@@ -135,7 +207,7 @@ func revisionText(f v1alpha1.Function) string {
 }
 
 func functionsGet(c *cli.Context) error {
-	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		f, _, err := cl.Get(c.Context, name)
 		if err != nil {
 			return err
@@ -158,11 +230,17 @@ func printFunction(w io.Writer, f v1alpha1.Function, changed string) {
 		row("error", printable(f.Error.Code+": "+f.Error.Detail))
 	}
 	row("url", printable(f.URL))
-	row("", printable(f.PathURL))
+	if f.PathURL != "" {
+		row("", printable(f.PathURL))
+	}
+	if f.Warm != "" {
+		row("warm", warmText(f))
+	}
 	row("revision", revisionText(f))
 	row("tenant", printable(f.Tenant))
 	row("digest", printable(f.Digest))
 	row("image", printable(f.Image))
+	exposureRows(row, f.Settings)
 	row("limits", limitsLine(f.Settings))
 	for i, name := range slices.Sorted(maps.Keys(f.Settings.Env)) {
 		row(firstOnly(i, "env"), printable(name+"="+f.Settings.Env[name]))
@@ -177,6 +255,32 @@ func printFunction(w io.Writer, f v1alpha1.Function, changed string) {
 	_ = table.Flush()
 }
 
+// exposureRows are the settings that only a cluster has.
+func exposureRows(row func(name, value string), s v1alpha1.Settings) {
+	if s.Runtime != "" {
+		row("runtime", runtimeText(s))
+	}
+	if s.Host != "" {
+		routes := ""
+		if len(s.Routes) > 0 {
+			routes = " (" + printable(strings.Join(s.Routes, ", ")) + ")"
+		}
+		row("host", printable(s.Host)+routes)
+	}
+	if s.Placement != nil {
+		for i, label := range slices.Sorted(maps.Keys(s.Placement.NodeSelector)) {
+			row(firstOnly(i, "nodes"), printable(label+"="+s.Placement.NodeSelector[label]))
+		}
+	}
+	if a := s.Autoscaling; a != nil {
+		kind := a.Autoscaler
+		if kind == "" {
+			kind = v1alpha1.AutoscalerNone
+		}
+		row("pods", printable(fmt.Sprintf("%d to %d, autoscaler %s", a.MinReplicas, max(a.MinReplicas, a.MaxReplicas), kind)))
+	}
+}
+
 func firstOnly(i int, s string) string {
 	if i == 0 {
 		return s
@@ -185,7 +289,7 @@ func firstOnly(i int, s string) string {
 }
 
 func functionsRevisions(c *cli.Context) error {
-	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		list, err := cl.Revisions(c.Context, name)
 		if err != nil {
 			return err
@@ -216,7 +320,7 @@ func functionsRollback(c *cli.Context) error {
 	if to < 0 || c.IsSet("to") && to == 0 {
 		return usageError("--to %d is no revision: they begin with 1", to)
 	}
-	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		f, err := cl.Rollback(c.Context, name, to, client.Change{Wait: c.Duration("wait")})
 		if err != nil {
 			return err
@@ -231,9 +335,9 @@ func functionsSet(c *cli.Context) error {
 		return err
 	}
 	if settings.Empty() {
-		return usageError("nothing to change: give --memory, --timeout, --concurrency, --env, --secret, --unset-env or --unset-secret")
+		return usageError("nothing to change: give --memory, --timeout, --concurrency, --env, --secret, --unset-env, --unset-secret, --runtime, --host or --route")
 	}
-	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		f, err := cl.Patch(c.Context, name, client.Change{Settings: settings, Wait: c.Duration("wait")})
 		if err != nil {
 			return err
@@ -243,11 +347,11 @@ func functionsSet(c *cli.Context) error {
 }
 
 // finishChange waits when the server's own wait was shorter, and reports.
-func finishChange(c *cli.Context, cl *client.Client, f v1alpha1.Function, asJSON bool) error {
+func finishChange(c *cli.Context, cl *connection, f v1alpha1.Function, asJSON bool) error {
 	if wait := c.Duration("wait"); f.State == v1alpha1.StatePending && wait > client.MaxServerWait {
 		p := newProgress(c.App.ErrWriter, asJSON)
 		var err error
-		f, err = waitReady(c.Context, cl, f, wait-client.MaxServerWait, p)
+		f, err = waitReady(c.Context, cl.Client, f, wait-client.MaxServerWait, p)
 		p.stop()
 		if err != nil {
 			return err
@@ -257,7 +361,7 @@ func finishChange(c *cli.Context, cl *client.Client, f v1alpha1.Function, asJSON
 }
 
 func functionsDelete(c *cli.Context) error {
-	return withFunction(c, func(cl *client.Client, name string, _ bool) error {
+	return withFunction(c, func(cl *connection, name string, _ bool) error {
 		if err := cl.Delete(c.Context, name, ""); err != nil {
 			return err
 		}

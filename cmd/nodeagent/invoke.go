@@ -28,20 +28,19 @@ func invokeCommand() *cli.Command {
 		Name:      "invoke",
 		Usage:     "send one request to a function and print its answer",
 		ArgsUsage: "NAME [PATH]",
-		Description: "The request goes through the gateway by path, so no name has to resolve. The body goes to stdout as it is; " +
+		Description: "On one machine the request goes through the gateway by path, so no name has to resolve; on a cluster it goes to the function's URL. The body goes to stdout as it is; " +
 			"the exit code tells the status: 0 for 2xx and 3xx, 8 for 4xx, 9 for 5xx.\n\n" +
 			"Examples:\n" +
 			"   nodeagent invoke hello\n" +
 			"   nodeagent invoke hello '/greet?name=Ada' -i\n" +
 			"   echo '{\"n\": 1}' | nodeagent invoke hello /count -d @- -H 'Content-Type: application/json'",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "request", Aliases: []string{"X"}, Usage: "`METHOD` of the request (default GET, or POST with --data)"},
 			&cli.StringFlag{Name: "data", Aliases: []string{"d"}, Usage: "`BODY` of the request; @FILE reads a file, @- or - reads stdin"},
 			&cli.GenericFlag{Name: "header", Aliases: []string{"H"}, Value: &repeated{}, Usage: "`'NAME: VALUE'` of a header; repeatable"},
 			&cli.BoolFlag{Name: "include", Aliases: []string{"i"}, Usage: "print status, headers and where the time went before the body", DisableDefaultText: true},
 			&cli.DurationFlag{Name: "timeout", Value: invokeWait, Usage: "give up after this `DURATION`"},
-			urlFlag(),
-		},
+		}, apiFlags(ownerUsage)...),
 		Action:       action(invokeAction),
 		BashComplete: completeFunctions,
 	}
@@ -64,13 +63,17 @@ func invokeAction(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	cl, err := newClient(c, nil)
+	cl, err := connectAPI(ctx, c, newProgress(c.App.ErrWriter, true), true)
 	if err != nil {
 		return err
 	}
 	defer cl.Close()
+	way, err := routeTo(ctx, cl, name)
+	if err != nil {
+		return err
+	}
 	started := time.Now()
-	resp, err := cl.Invoke(ctx, req, name, path)
+	resp, err := way.send(ctx, req, path)
 	if err != nil {
 		return err
 	}
@@ -110,6 +113,50 @@ func invokeAction(c *cli.Context) error {
 		return cli.Exit("", exitStatus4xx)
 	}
 	return nil
+}
+
+// route is how a request reaches a function.
+type route struct {
+	api  *connection
+	name string
+	// url is the function's own; "" goes through the API's gateway by path.
+	url string
+}
+
+// routeTo chooses: through the API's own gateway by path, which the API of one
+// machine has, else by the function's URL.
+func routeTo(ctx context.Context, cl *connection, name string) (route, error) {
+	r := route{api: cl, name: name}
+	if cl.choice.Default && cl.choice.Tenant == "" {
+		return r, nil // nothing to ask
+	}
+	f, _, err := cl.Get(ctx, name)
+	if err == nil {
+		err = checkTenant(cl, f)
+	}
+	switch {
+	case err != nil:
+		return r, err
+	case f.PathURL != "" && !cl.choice.Cluster:
+		return r, nil
+	case f.URL == "":
+		return r, fail(exitNotReady, printable(name)+" has no URL yet: it is "+printable(string(f.State)), "`nodeagent functions get "+name+"` says how far it is")
+	}
+	r.url = f.URL
+	return r, nil
+}
+
+// send sends the request; the caller closes the answer's body.
+func (r route) send(ctx context.Context, req *http.Request, path string) (*http.Response, error) {
+	if r.url == "" {
+		return r.api.Invoke(ctx, req, r.name, path)
+	}
+	resp, err := r.api.InvokeURL(ctx, req, r.url, path)
+	var unreachable *client.UnreachableError
+	if errors.As(err, &unreachable) && ctx.Err() == nil {
+		return nil, fail(exitUnreachable, printable(err.Error()), "this machine has to reach the cluster's ingress, and the name has to resolve here: try `curl -v "+printable(r.url)+"`")
+	}
+	return resp, err
 }
 
 func invokeRequest(ctx context.Context, c *cli.Context) (*http.Request, error) {

@@ -19,12 +19,12 @@ func logsCommand() *cli.Command {
 		ArgsUsage: "NAME",
 		Description: "Each line has its time, the revision and the request that wrote it (as in the answer's Hearth-Request-Id). " +
 			"Lines marked ! are Hearth's own, on requests that failed. -o json prints one JSON object a line.",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "go on with new lines until Ctrl-C, across restarts of the server", DisableDefaultText: true},
 			&cli.IntFlag{Name: "tail", Value: 100, Usage: "`N` past lines to begin with"},
 			&cli.StringFlag{Name: "since", Usage: "leave out lines before `TIME`: a duration such as 10m, or RFC 3339"},
-			urlFlag(), outputFlag(),
-		},
+			outputFlag(),
+		}, apiFlags(ownerUsage)...),
 		Action:       action(logsAction),
 		BashComplete: completeFunctions,
 	}
@@ -41,7 +41,7 @@ func logsAction(c *cli.Context) error {
 			return usageError("--since %v", err)
 		}
 	}
-	return withFunction(c, func(cl *client.Client, name string, asJSON bool) error {
+	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		t := terminalOf(c.App.Writer)
 		encoder := json.NewEncoder(c.App.Writer)
 		encoder.SetEscapeHTML(false)

@@ -6,14 +6,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
+	"slices"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/term"
+
+	"github.com/hearth-sh/hearth/internal/command"
 )
 
 // version is set by the linker; a plain `go build` falls back to what Go
@@ -31,8 +31,8 @@ func main() {
 // run executes the command line and returns the exit code; docs/cli.md lists
 // the codes.
 func run(ctx context.Context, args []string) int {
-	app := prepare(newApp())
-	err := app.RunContext(ctx, reorder(app, args))
+	app := command.Prepare(newApp())
+	err := app.RunContext(ctx, command.Reorder(app, args))
 	if err == nil {
 		return 0
 	}
@@ -53,78 +53,30 @@ func newApp() *cli.App {
 		Usage: "WebAssembly functions on machines you own",
 		Description: "Start everything on this machine with `nodeagent dev`, then `nodeagent submit FILE|DIR` " +
 			"in another terminal. `nodeagent status` says how a machine is, `nodeagent doctor` what to do about it.",
-		Version:              buildVersion(),
-		EnableBashCompletion: true,
-		Suggest:              true,
-		HideHelpCommand:      true,
-		// main decides on exit codes; the library must not exit on its own.
-		ExitErrHandler: func(*cli.Context, error) {},
-		OnUsageError: func(c *cli.Context, err error, _ bool) error {
-			return cli.Exit(fmt.Sprintf("%v (see `%s --help`)", err, c.App.Name), exitUsage)
-		},
-		Commands: []*cli.Command{
+		Version: buildVersion(),
+		Commands: slices.Concat([]*cli.Command{
 			devCommand(),
 			submitCommand(),
 			functionsCommand(),
 			logsCommand(),
 			invokeCommand(),
+			openCommand(),
+			tokenCommand(),
 			statusCommand(),
 			doctorCommand(),
-			completionCommand(),
-			manCommand(),
+		}, clusterCommands(), []*cli.Command{
+			command.Completion("nodeagent", "commands, options and names of functions"),
+			command.Man("nodeagent"),
 			runCommand(),
 			engineCommand(),
 			workerCommand(),
 			precompileCommand(),
-		},
+		}),
 	}
 }
 
 // exitUsage is the exit code for a command line that makes no sense.
-const exitUsage = 2
+const exitUsage = command.ExitUsage
 
-// buildVersion says what this binary is: the linker's word, else the commit
-// the source tree was at.
-func buildVersion() string {
-	if version != "" {
-		return version
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" && len(setting.Value) >= 12 {
-			return "devel-" + setting.Value[:12]
-		}
-	}
-	return "devel"
-}
-
-// newLogger writes text to a terminal and JSON to anything else.
-func newLogger(level slog.Level) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level}
-	if term.IsTerminal(int(os.Stderr.Fd())) {
-		return slog.New(slog.NewTextHandler(os.Stderr, options))
-	}
-	return slog.New(slog.NewJSONHandler(os.Stderr, options))
-}
-
-// logLevelFlag is shared by everything that runs for long.
-func logLevelFlag(value string) *cli.StringFlag {
-	return &cli.StringFlag{
-		Name:    "log-level",
-		Usage:   "how much is logged to stderr: debug, info, warn or error",
-		EnvVars: []string{"HEARTH_LOG_LEVEL"},
-		Value:   value,
-	}
-}
-
-// loggerFrom reads --log-level.
-func loggerFrom(c *cli.Context) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(c.String("log-level"))); err != nil {
-		return nil, cli.Exit(fmt.Sprintf("--log-level %q is not one of debug, info, warn, error", c.String("log-level")), exitUsage)
-	}
-	return newLogger(level), nil
-}
+// buildVersion says what this binary is.
+func buildVersion() string { return command.Version(version) }

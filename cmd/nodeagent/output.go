@@ -19,6 +19,7 @@ import (
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/client"
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 )
 
@@ -64,7 +65,7 @@ func fail(code int, message, remedy string) error {
 }
 
 func usageError(format string, args ...any) error {
-	return cli.Exit(fmt.Sprintf(format, args...), exitUsage)
+	return command.UsageError(format, args...)
 }
 
 // action turns what a command returns into an exit code and a sentence.
@@ -89,17 +90,18 @@ func explain(ctx context.Context, err error) error {
 	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return cli.Exit("interrupted", exitInterrupted)
 	case errors.As(err, &problem):
-		return fail(exitRefused, printable(problem.Error()), problemRemedy(problem))
+		return fail(exitRefused, printable(problem.Error()), lines(problemRemedy(problem), asked(problem.API)))
 	case errors.As(err, &unreachable):
-		remedy := "start it with `nodeagent dev`, or say where it is with --url or HEARTH_URL"
-		if errors.Is(err, context.DeadlineExceeded) {
-			remedy = "`nodeagent status` says how the machine is; `nodeagent doctor` what to do about it"
-		}
-		return fail(exitUnreachable, err.Error(), remedy)
+		return fail(exitUnreachable, err.Error(), unreachableRemedy(unreachable))
 	case errors.As(err, &socket):
 		return fail(exitUnreachable, err.Error(), "")
 	}
 	return fail(exitFailure, err.Error(), "")
+}
+
+// lines joins what is not empty, each on a line of its own.
+func lines(parts ...string) string {
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "\n  ")
 }
 
 // remedies are by problem code; see submit.Problems.
@@ -125,11 +127,20 @@ var remedies = map[string]string{
 	"disk-full":              "free some space on the server's disk, then try again",
 	"registry-unavailable":   "see `nodeagent status` on the server, then try again",
 	"not-ready":              "see `nodeagent status` on the server, then try again",
+	"revision-failed":        "see `nodeagent functions get NAME`; submit what is put right, or go back with `nodeagent functions rollback NAME`",
 	"function-not-ready":     "try again in a moment; `nodeagent functions get NAME` says how far it is",
 	"function-out-of-memory": "raise the limit with `nodeagent functions set NAME --memory SIZE`",
 	"deadline-exceeded":      "raise the limit with `nodeagent functions set NAME --timeout DURATION`, or make it faster",
 	"too-many-requests":      "try again later, or raise `nodeagent functions set NAME --concurrency N`",
 	"idempotency-mismatch":   "try again",
+	"unauthorized":           "give a token with --token-file or HEARTH_TOKEN (`nodeagent token` makes one), or a kubeconfig with --cluster",
+	"forbidden":              "an administrator of the tenant's namespace can grant it, on functions.hearth.sh; --tenant names another tenant",
+	"quota-exceeded":         "delete functions that are not needed, or ask an administrator for more",
+	"tenant-not-found":       "on a cluster a tenant is a namespace: choose one that exists with --tenant, or have it made",
+	"runtime-unsupported":    "leave --runtime, --host and --route out, or submit to a cluster that has them (--cluster)",
+	"too-many-changes":       "try again later",
+	"access-unavailable":     "try again in a moment; if it stays so, the cluster's API server does not answer the API",
+	"not-installed":          "install Hearth's chart, which brings the custom resources",
 	"unsupported-media-type": "the server may be older than this command: compare `nodeagent --version` on both",
 	"unknown-parameter":      "the server may be older than this command: compare `nodeagent --version` on both",
 }
@@ -230,33 +241,21 @@ func wantsJSON(c *cli.Context) (bool, error) {
 	return false, usageError("--output %q is not one of text, json", c.String("output"))
 }
 
+// urlFlag is for commands that ask about the API of this machine only.
 func urlFlag() cli.Flag {
 	return &cli.StringFlag{
-		Name: "url", EnvVars: []string{"HEARTH_URL"}, Value: client.DefaultURL,
-		Usage: "`URL` of the server: http(s)://… or unix:///path/of/api.sock",
+		Name: "api", Aliases: []string{"url"}, EnvVars: []string{"HEARTH_API", "HEARTH_URL"}, Value: client.DefaultURL,
+		Usage: "`URL` of this machine's API: http(s)://… or unix:///path/of/api.sock",
 	}
-}
-
-func tenantFlag(usage string) cli.Flag {
-	return &cli.StringFlag{Name: "tenant", EnvVars: []string{"HEARTH_TENANT"}, Usage: usage}
 }
 
 func waitFlag() cli.Flag {
 	return &cli.DurationFlag{Name: "wait", Value: time.Minute, Usage: "how long to wait until it is ready, a `DURATION`; 0 returns as soon as it is durable"}
 }
 
-// newClient connects to --url. Retries are told on stderr: waiting in silence
-// looks like a hang.
-func newClient(c *cli.Context, p *progress) (*client.Client, error) {
-	cl, err := client.New(client.Options{
-		URL:       c.String("url"),
-		UserAgent: "nodeagent/" + c.App.Version,
-		OnRetry: func(err error, delay time.Duration) {
-			if p != nil {
-				p.note(fmt.Sprintf("%s; trying again in %s", printable(err.Error()), humanDuration(delay)))
-			}
-		},
-	})
+// machineClient speaks to the API of this machine, as urlFlag says.
+func machineClient(c *cli.Context) (*client.Client, error) {
+	cl, err := client.New(client.Options{URL: c.String("api"), UserAgent: "nodeagent/" + c.App.Version})
 	if err != nil {
 		return nil, cli.Exit(err.Error(), exitUsage)
 	}
@@ -272,13 +271,6 @@ func functionArgument(c *cli.Context) (string, error) {
 		return "", usageError("%s takes one function, not also %q", c.Command.HelpName, c.Args().Get(1))
 	}
 	return c.Args().First(), nil
-}
-
-func noArguments(c *cli.Context) error {
-	if c.NArg() > 0 {
-		return usageError("%s takes no argument such as %q", c.Command.HelpName, c.Args().First())
-	}
-	return nil
 }
 
 // nowOf is the app's clock, which tests set.
@@ -382,179 +374,38 @@ func shortDigest(digest string) string {
 
 // completeFunctions offers the names of functions to the shell.
 func completeFunctions(c *cli.Context) {
+	// The library looks there, too: a word that was begun is not in c.
+	if n := len(os.Args); n > 2 && strings.HasPrefix(os.Args[n-2], "-") {
+		cli.DefaultCompleteWithFlags(c.Command)(c)
+		return
+	}
 	if c.NArg() > 0 {
 		return
 	}
-	// A shell that waits for a server is worse than no suggestion.
-	const completionWait = 300 * time.Millisecond
-	ctx, cancel := context.WithTimeout(c.Context, completionWait)
+	// A shell that waits for a server is worse than no suggestion. The way to
+	// a cluster is longer, and worth a moment.
+	const (
+		completionWait        = 300 * time.Millisecond
+		clusterCompletionWait = 2 * time.Second
+	)
+	wait := completionWait
+	if choice, err := apiOf(c); err != nil {
+		return
+	} else if choice.Cluster {
+		wait = clusterCompletionWait
+	}
+	ctx, cancel := context.WithTimeout(c.Context, wait)
 	defer cancel()
-	cl, err := newClient(c, nil)
+	cl, err := connectAPI(ctx, c, nil, false)
 	if err != nil {
 		return
 	}
 	defer cl.Close()
-	list, err := cl.List(ctx, "")
+	list, err := cl.List(ctx, cl.tenant)
 	if err != nil {
 		return
 	}
 	for _, f := range list.Items {
 		_, _ = fmt.Fprintln(c.App.Writer, printable(f.Name))
 	}
-}
-
-// reorder moves options that come after arguments before them, so that
-// `logs hello --follow` works: the flag package stops at the first argument. It
-// also gives every option its full name.
-// What follows -- stays as it is.
-func reorder(app *cli.App, args []string) []string {
-	if len(args) == 0 || args[len(args)-1] == generateCompletion {
-		return args // the shell's request has to stay last
-	}
-	return append(args[:1:1], reorderLevel(app.Flags, app.Commands, args[1:])...)
-}
-
-func reorderLevel(flags []cli.Flag, commands []*cli.Command, args []string) []string {
-	var options, arguments []string
-	for i := 0; i < len(args); i++ {
-		arg := args[i]
-		if arg == "--" {
-			arguments = append(arguments, args[i:]...)
-			break
-		}
-		if len(arg) > 1 && arg[0] == '-' {
-			name, value, explicit := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-			f := flagNamed(flags, name)
-			if f == nil {
-				options = append(options, arg)
-				continue
-			}
-			// The library refuses two forms of one option (-e A=1 --env B=2).
-			arg = "--" + f.Names()[0]
-			if explicit {
-				arg += "=" + value
-			}
-			options = append(options, arg)
-			if _, isBool := f.(*cli.BoolFlag); !isBool && !explicit && i+1 < len(args) {
-				i++
-				options = append(options, args[i])
-			}
-			continue
-		}
-		if len(commands) > 0 {
-			// The rest belongs to the command.
-			rest := args[i+1:]
-			for _, command := range commands {
-				if command.HasName(arg) {
-					rest = reorderLevel(command.Flags, command.Subcommands, rest)
-					break
-				}
-			}
-			return slices.Concat(options, []string{arg}, rest)
-		}
-		arguments = append(arguments, arg)
-	}
-	if slices.Contains(options, "--help") || slices.Contains(options, "-h") {
-		arguments = nil // the library would take one for a topic of its help
-	}
-	if len(options) > 0 && len(arguments) > 0 && strings.HasPrefix(arguments[0], "-") && arguments[0] != "--" {
-		arguments = slices.Concat([]string{"--"}, arguments)
-	}
-	return slices.Concat(options, arguments)
-}
-
-func flagNamed(flags []cli.Flag, name string) cli.Flag {
-	for _, f := range flags {
-		if slices.Contains(f.Names(), name) {
-			return f
-		}
-	}
-	return nil
-}
-
-// prepare gives every command the same manners: wrong usage is one sentence
-// and exit code 2 instead of a page of help, and a group of commands without
-// a command shows what there is.
-func prepare(app *cli.App) *cli.App {
-	app.HideHelpCommand = true
-	app.Suggest = false // the library's own comes with a page of help on stdout
-	app.ExitErrHandler = func(*cli.Context, error) {}
-	app.OnUsageError = usageHint
-	app.Action = groupAction(app.Name, app.Commands, cli.ShowAppHelp)
-	var walk func(prefix string, commands []*cli.Command)
-	walk = func(prefix string, commands []*cli.Command) {
-		for _, command := range commands {
-			name := prefix + " " + command.Name
-			command.OnUsageError = usageHint
-			command.HideHelpCommand = true
-			if len(command.Subcommands) > 0 && command.Action == nil {
-				command.Action = groupAction(name, command.Subcommands, cli.ShowSubcommandHelp)
-			}
-			walk(name, command.Subcommands)
-		}
-	}
-	walk(app.Name, app.Commands)
-	return app
-}
-
-func usageHint(c *cli.Context, err error, _ bool) error {
-	name := c.App.Name
-	if c.Command != nil && c.Command.HelpName != "" {
-		name = c.Command.HelpName
-	}
-	return fail(exitUsage, err.Error(), "see `"+name+" --help`")
-}
-
-func groupAction(name string, commands []*cli.Command, help func(*cli.Context) error) cli.ActionFunc {
-	return func(c *cli.Context) error {
-		if c.NArg() == 0 {
-			return help(c)
-		}
-		remedy := "see `" + name + " --help`"
-		if nearest := nearestCommand(commands, c.Args().First()); nearest != "" {
-			remedy = fmt.Sprintf("did you mean `%s %s`?", name, nearest)
-		}
-		return fail(exitUsage, fmt.Sprintf("%s has no command %q", name, c.Args().First()), remedy)
-	}
-}
-
-// nearestCommand returns the visible command that is one or two typing
-// mistakes away, or "".
-func nearestCommand(commands []*cli.Command, typed string) string {
-	best, nearest := 3, ""
-	for _, command := range commands {
-		if command.Hidden {
-			continue
-		}
-		for _, name := range command.Names() {
-			if d := editDistance(typed, name); d < best && d < len(name) {
-				best, nearest = d, command.Name
-			}
-		}
-	}
-	return nearest
-}
-
-// editDistance is the Levenshtein distance in bytes; inputs are a command's
-// name and what was typed instead, cut to a length where it could matter.
-func editDistance(a, b string) int {
-	const longest = 32
-	a, b = a[:min(len(a), longest)], b[:min(len(b), longest)]
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }

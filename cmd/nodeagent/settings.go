@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,6 +24,9 @@ func settingsFlags() []cli.Flag {
 		&cli.StringFlag{Name: "memory", Usage: "memory limit of one request, `SIZE` such as 64MiB", DefaultText: fmt.Sprintf("%d MiB for a new function", v1alpha1.DefaultMemoryMiB)},
 		&cli.DurationFlag{Name: "timeout", Usage: "deadline of one request, from its arrival, a `DURATION`", DefaultText: fmt.Sprintf("%v for a new function", v1alpha1.DefaultTimeoutMS*time.Millisecond)},
 		&cli.IntFlag{Name: "concurrency", Usage: "requests at once, `N`, before others queue", DefaultText: fmt.Sprintf("%d for a new function", v1alpha1.DefaultConcurrency)},
+		&cli.StringFlag{Name: "runtime", Usage: "`RUNTIME` of the function: resident (in the engine of every node, at no cost while idle) or spin (pods of its own, on a cluster)", DefaultText: "resident for a new function"},
+		&cli.StringFlag{Name: "host", Usage: "additional DNS `NAME` that it answers to, on a cluster; '' removes it"},
+		&cli.GenericFlag{Name: "route", Value: &repeated{}, Usage: "`PATH` of --host that reaches it, with everything below it; repeatable, replaces all routes; '' removes them"},
 	}
 }
 
@@ -48,6 +52,9 @@ func settingsFrom(c *cli.Context) (client.Settings, error) {
 		n := c.Int("concurrency")
 		s.Concurrency = &n
 	}
+	if err := exposureFrom(c, &s); err != nil {
+		return s, err
+	}
 	for _, pair := range repeatedOf(c, "env") {
 		name, value, err := parsePair(pair)
 		if err != nil {
@@ -69,6 +76,45 @@ func settingsFrom(c *cli.Context) (client.Settings, error) {
 		set(&s.Secrets, name, nil)
 	}
 	return s, nil
+}
+
+// exposureFrom reads what only a cluster's API knows. Whether host and routes
+// are possible is the server's word.
+func exposureFrom(c *cli.Context, s *client.Settings) error {
+	if c.IsSet("runtime") {
+		runtime := v1alpha1.FunctionRuntime(c.String("runtime"))
+		if runtime != v1alpha1.RuntimeResident && runtime != v1alpha1.RuntimeSpin {
+			return usageError("--runtime %q is not resident or spin", c.String("runtime"))
+		}
+		s.Runtime = &runtime
+	}
+	routes := repeatedOf(c, "route")
+	if c.IsSet("host") {
+		host := c.String("host")
+		s.Host = &host
+		if host == "" {
+			if slices.ContainsFunc(routes, func(r string) bool { return r != "" }) {
+				return usageError("--route is a path of --host, which is being removed")
+			}
+			s.Routes = &[]string{} // they are the host's
+		}
+	}
+	if len(routes) == 0 {
+		return nil
+	}
+	kept := []string{}
+	for _, route := range routes {
+		switch {
+		case route != "" && route[0] != '/':
+			return usageError("--route %q is no path; it begins with a slash", route)
+		case route == "" && len(routes) > 1:
+			return usageError("--route '' removes all routes and stands alone")
+		case route != "":
+			kept = append(kept, route)
+		}
+	}
+	s.Routes = &kept
+	return nil
 }
 
 func set(m *map[string]*string, name string, value *string) {

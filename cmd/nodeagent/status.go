@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/command"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 	"github.com/hearth-sh/hearth/internal/paths"
 )
@@ -60,7 +61,7 @@ func statusCommand() *cli.Command {
 }
 
 func statusAction(c *cli.Context) error {
-	if err := noArguments(c); err != nil {
+	if err := command.NoArguments(c); err != nil {
 		return err
 	}
 	asJSON, err := wantsJSON(c)
@@ -172,6 +173,7 @@ func printStatus(w io.Writer, s v1alpha1.NodeStatus, now time.Time) {
 				worker.PID, printable(worker.State), age(now, worker.Since), plural(worker.Functions, "function"), humanBytes(worker.RSSBytes), worker.Restarts)
 		}
 	}
+	printNode(table, s, now)
 	if st := s.Store; st != nil {
 		budget := ""
 		if st.BudgetBytes > 0 {
@@ -200,6 +202,68 @@ func printStatus(w io.Writer, s v1alpha1.NodeStatus, now time.Time) {
 			fprintf(table, "  %s ago\t%s\t%s%s%s\n", age(now, e.Time), printable(e.Code), printable(subject), printable(e.Message), times)
 		}
 		_ = table.Flush()
+	}
+}
+
+// printNode prints what only nodes of a cluster have.
+func printNode(w io.Writer, s v1alpha1.NodeStatus, now time.Time) {
+	if i := s.Instance; i != nil {
+		fprintf(w, "instance\t%s, %s, %s, %s\n", printable(i.ID), printable(i.Type), printable(i.Zone), printable(i.LifeCycle))
+	}
+	for n, r := range s.Runtimes {
+		title := ""
+		if n == 0 {
+			title = "runtimes"
+		}
+		handler, version := r.Handler, r.Version
+		if handler == "" {
+			handler = "(no handler)"
+		}
+		if version == "" {
+			version = "version unknown"
+		}
+		word := "not proven"
+		if r.Proven {
+			word = "proven"
+		}
+		tried := "never tried"
+		if r.ProvedAt != nil {
+			tried = "tried " + age(now, *r.ProvedAt) + " ago"
+		}
+		fprintf(w, "%s\t%s: %s %s, %s, %s\n", title, printable(handler), printable(r.Name), printable(version), word, tried)
+		if !r.Proven && r.Message != "" {
+			fprintf(w, "\t  %s\n", printable(r.Message))
+		}
+		for _, problem := range r.Problems {
+			fprintf(w, "\t  %s\n", printable(problem))
+		}
+	}
+	if i := s.Images; i != nil {
+		fprintf(w, "images\t%s\n", printable(i.Summary))
+		for _, image := range i.Images {
+			state := image.State
+			if image.Percent != nil {
+				state += fmt.Sprintf(" %d %%", *image.Percent)
+			}
+			if image.Error != nil {
+				state += ": " + image.Error.Detail
+			}
+			if image.NextTry != nil && image.NextTry.After(now) {
+				state += ", next try in " + age(*image.NextTry, now)
+			}
+			fprintf(w, "\t%s: %s\n", printable(image.Image), printable(state))
+		}
+	}
+	if d := s.Interruption; d != nil {
+		kind := d.Kind
+		if d.Simulated {
+			kind += " (simulated)"
+		}
+		deadline := ""
+		if d.Deadline != nil {
+			deadline = ", " + age(*d.Deadline, now) + " left"
+		}
+		fprintf(w, "leaving\t%s, %s: %d of %d pods gone, %d terminating, %d blocked%s\n", printable(kind), printable(d.Phase), d.Gone, d.Pods, d.Terminating, d.Blocked, deadline)
 	}
 }
 

@@ -34,10 +34,10 @@ func submitCommand() *cli.Command {
 			"   nodeagent submit hello.wasm\n" +
 			"   nodeagent submit ./hello --env GREETING=hi --secret API_KEY\n" +
 			"   nodeagent submit registry.example.org/team/hello@sha256:… --name hello",
-		Flags: append(append([]cli.Flag{
-			&cli.StringFlag{Name: "name", Aliases: []string{"n"}, Usage: "`NAME` of the function (default: from the file, directory or image)"},
-			tenantFlag("`TENANT` that owns a new function: functions of two tenants never share a process"),
-		}, settingsFlags()...), waitFlag(), urlFlag(), outputFlag()),
+		Flags: append(append(append([]cli.Flag{
+			&cli.StringFlag{Name: "name", Usage: "`NAME` of the function (default: from the file, directory or image)"},
+		}, settingsFlags()...), waitFlag(), outputFlag()),
+			apiFlags("`TENANT` that owns a new function: functions of two tenants never share a process (on a cluster a namespace; default: the context's)")...),
 		Action: action(submitAction),
 	}
 }
@@ -69,7 +69,7 @@ func submitAction(c *cli.Context) error {
 	}
 	p := newProgress(c.App.ErrWriter, asJSON)
 	defer p.stop()
-	cl, err := newClient(c, p)
+	cl, err := connectAPI(c.Context, c, p, true)
 	if err != nil {
 		return err
 	}
@@ -85,8 +85,8 @@ func submitAction(c *cli.Context) error {
 	if err != nil && !errors.As(err, &problem) {
 		return err // nobody there: say so before an upload is tried
 	}
-	change := client.Change{Settings: settings, Tenant: c.String("tenant"), Wait: c.Duration("wait")}
-	f, err := put(c.Context, cl, name, source, change, before, p)
+	change := client.Change{Settings: settings, Tenant: cl.tenant, Wait: c.Duration("wait")}
+	f, err := put(c.Context, cl.Client, name, source, change, before, p)
 	p.stop()
 	if err != nil {
 		return err
@@ -136,22 +136,45 @@ func watchRecord(ctx context.Context, cl *client.Client, name string, before int
 			return
 		case <-ticker.C:
 		}
-		if f, _, err := cl.Get(ctx, name); err == nil && f.Revision > before {
-			if ctx.Err() == nil {
-				p.start(fmt.Sprintf("compiling and loading revision %d", f.Revision))
-			}
-			return
+		f, _, err := cl.Get(ctx, name)
+		if err != nil || f.Revision <= before {
+			continue
 		}
+		if ctx.Err() == nil {
+			p.start(deployStep(f))
+		}
+		if f.Warm == "" {
+			return // one machine has no more to tell
+		}
+		ticker.Reset(nodesInterval)
 	}
+}
+
+// nodesInterval is between two looks at how many nodes are warm.
+const nodesInterval = 500 * time.Millisecond
+
+// deployStep says what is done with a revision once it is durable.
+func deployStep(f v1alpha1.Function) string {
+	switch {
+	case f.Settings.Runtime == v1alpha1.RuntimeSpin:
+		return fmt.Sprintf("deploying revision %d: starting its pods", f.Revision)
+	case f.Warm != "":
+		return fmt.Sprintf("deploying revision %d: warm on %s nodes", f.Revision, printable(f.Warm))
+	}
+	return fmt.Sprintf("compiling and loading revision %d", f.Revision)
 }
 
 // waitReady goes on waiting when the server's own wait has ended. A revision
 // that is still pending then is returned without an error.
 func waitReady(ctx context.Context, cl *client.Client, f v1alpha1.Function, wait time.Duration, p *progress) (v1alpha1.Function, error) {
-	p.start(fmt.Sprintf("compiling and loading revision %d", f.Revision))
+	p.start(deployStep(f))
 	bounded, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	latest, err := cl.Wait(bounded, f.Name, nil)
+	latest, err := cl.Wait(bounded, f.Name, func(f v1alpha1.Function) {
+		if f.State == v1alpha1.StatePending {
+			p.start(deployStep(f))
+		}
+	})
 	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
 		return f, nil // still pending
 	}
@@ -222,6 +245,10 @@ func printChange(w io.Writer, f v1alpha1.Function, o outcome) {
 		size = ", " + humanBytes(o.size)
 	}
 	fprintf(table, "  module\t%s%s\n", shortDigest(f.Digest), size)
+	if f.Warm != "" {
+		fprintf(table, "  warm\t%s\n", warmText(f))
+	}
+	exposureRows(func(name, value string) { fprintf(table, "  %s\t%s\n", name, value) }, f.Settings)
 	fprintf(table, "  limits\t%s\n", limitsLine(f.Settings))
 	if len(f.Phases) > 0 {
 		fprintf(table, "  time\t%s\n", phaseLine(f.Phases))

@@ -1,8 +1,11 @@
 // Package agent is the process `nodeagent run`: it puts the store, the
-// prefetch loop and the health model together and answers `nodeagent status`.
+// prefetch loops and the health model together and answers `nodeagent status`.
+// What a node of a cluster does beside comes from package clusternode, which
+// this one knows only as a [ClusterNode]: a build for one machine has none.
 //
-// It owns the wiring and the observation of its parts. What they do is theirs;
-// it runs no guest code and parses no module.
+// It owns the wiring, the conclusions that need more than one part, and the
+// observation of its parts. What they do is theirs; it runs no guest code and
+// parses no module.
 package agent
 
 import (
@@ -10,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,6 +22,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
@@ -51,12 +57,27 @@ const (
 	maxFailedListed = 100
 )
 
-// Options say where everything is. All are required but Version and Logger.
+// Options say where everything is. All are required but those that say so.
 type Options struct {
-	Node              string
-	Socket            string
-	APISocket         string
-	EngineSocket      string
+	Node   string
+	Socket string
+	// APISocket is the submit API's, which says which functions should be
+	// here; empty where there is none, as on a node of a cluster.
+	APISocket string
+	// APIURL is a cluster's API (https://host:port), which says the same for
+	// all nodes; empty where there is none. Not both.
+	APIURL string
+	// APITokenFile holds the token for APIURL. It is read again when it changes.
+	APITokenFile string
+	// APICAFile holds the certificates that sign that of APIURL, which is then
+	// for the URL's host. Empty: what the Cluster says, else the machine's own.
+	APICAFile string
+	// EngineSocket is the engine's control socket; empty where there is none.
+	EngineSocket string
+	// EngineUser gets the directory of EngineSocket, for an engine that is
+	// another user; 0 leaves it.
+	EngineUser int
+	// Registry is needed with APISocket only.
 	Registry          string
 	RegistryPlainHTTP bool
 	StoreDir          string
@@ -65,9 +86,55 @@ type Options struct {
 	StoreBudgetBytes int64
 	// CompilerCommand starts a precompile child.
 	CompilerCommand []string
-	Version         string
-	Logger          *slog.Logger
+	// HTTPListen is where probes and Prometheus find /livez, /readyz and
+	// /metrics over TCP; empty for nowhere.
+	HTTPListen string
+	// Cluster makes this machine a node of a cluster; nil for none.
+	Cluster func(ClusterParts) (ClusterNode, error)
+	Version string
+	Logger  *slog.Logger
 }
+
+// ClusterNode is what a machine does because it is a node of a cluster.
+type ClusterNode interface {
+	// Functions says which functions should be served here, and what to run
+	// beside to hear of changes; nil where nobody says.
+	Functions() (prefetch.Source, func(context.Context))
+	// Keychain gives credentials for registries; nil for no others than
+	// those of the machine's user.
+	Keychain(ctx context.Context) (authn.Keychain, error)
+	// APIAuthority is how the API of the cluster is known: the name that its
+	// certificate is for, and what reads the certificates (PEM) that sign it.
+	APIAuthority() (serverName string, certificates func(context.Context) ([]byte, error), address func() string)
+	// Start adds its goroutines to the group; all end with ctx.
+	Start(ctx context.Context, group *errgroup.Group)
+	// Sections fills in what only a node of a cluster has to say.
+	Sections(s *health.Sections)
+	// Routes adds to the control socket what only whoever may connect to it
+	// (mode 0600) may do.
+	Routes(mux *http.ServeMux)
+}
+
+// ClusterParts are the agent's own parts that a ClusterNode works with.
+type ClusterParts struct {
+	Store *precompile.Store
+	// SetLive names what wanted images need of the store; nothing is evicted
+	// before it was called once.
+	SetLive func(digests []string)
+	// StateDir is the agent's, RunDir that of its socket.
+	StateDir, RunDir string
+	Health           *health.Registry
+	Metrics          prometheus.Registerer
+	Logger           *slog.Logger
+}
+
+// The parts of the prefetch.LiveUnion: what functions need of the store, and what
+// wanted images do.
+const (
+	liveFunctions = iota
+	liveImages
+	liveParts
+)
 
 // Run works until ctx ends. It returns an error when something it owns cannot
 // be opened; an API, registry or engine that is away is not an error.
@@ -87,50 +154,186 @@ func Run(ctx context.Context, o Options) error {
 	store, err := precompile.Open(o.StoreDir, precompile.StoreOptions{
 		Compiler: compiler, BudgetBytes: o.StoreBudgetBytes, Logger: o.Logger, Registerer: metrics,
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, precompile.ErrLocked):
+		return fmt.Errorf("open the store: %w; stop the other nodeagent, or give this one another --store-dir", err)
+	case err != nil:
 		return fmt.Errorf("open the store: %w", err)
 	}
 	defer store.Close()
-	puller, err := registry.NewClient(registry.ClientOptions{Registry: o.Registry, PlainHTTP: o.RegistryPlainHTTP, Logger: o.Logger})
-	if err != nil {
-		return err
-	}
-	defer puller.Close()
 	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
 		return fmt.Errorf("create the state directory: %w", err)
 	}
-	api := prefetch.NewAPIClient(o.APISocket)
-	defer api.Close()
-	engine := control.NewClient(o.EngineSocket)
-	defer engine.CloseIdle()
-	loop, err := prefetch.New(prefetch.Options{
-		Source: api, Reporter: api, Puller: puller, Store: store, Engine: engine,
-		Node: o.Node, TempDir: o.StateDir, CachePath: filepath.Join(o.StateDir, "desired.json"),
-		Logger: o.Logger, Registerer: metrics,
-	})
+	a := &agent{o: o, store: store, health: health.NewRegistry(health.Options{Logger: o.Logger})}
+	setLive := store.SetLive
+	if o.Cluster != nil {
+		live := prefetch.NewLiveUnion(liveParts, store.SetLive)
+		setLive = func(digests []string) { live.Set(liveFunctions, digests) }
+		if a.cluster, err = o.Cluster(ClusterParts{
+			Store: store, SetLive: func(digests []string) { live.Set(liveImages, digests) },
+			StateDir: o.StateDir, RunDir: filepath.Dir(o.Socket), Health: a.health, Metrics: metrics, Logger: o.Logger,
+		}); err != nil {
+			return err
+		}
+	}
+	if o.EngineUser > 0 && o.EngineSocket != "" {
+		if err := handOver(filepath.Dir(o.EngineSocket), o.EngineUser); err != nil {
+			return err
+		}
+	}
+	source, reporter, follow, done, err := a.functionSource()
 	if err != nil {
 		return err
 	}
-
-	a := &agent{o: o, store: store, engine: engine, loop: loop}
+	defer done()
+	if source != nil {
+		puller, err := a.puller(ctx)
+		if err != nil {
+			return err
+		}
+		defer puller.Close()
+		a.engine = control.NewClient(o.EngineSocket)
+		defer a.engine.CloseIdle()
+		if a.loop, err = prefetch.New(prefetch.Options{
+			Source: source, Reporter: reporter, Puller: puller, Store: liveStore{store, setLive}, Engine: a.engine,
+			Node: o.Node, TempDir: o.StateDir, CachePath: filepath.Join(o.StateDir, "desired.json"), Fleet: o.APIURL != "",
+			Logger: o.Logger, Registerer: metrics,
+		}); err != nil {
+			return err
+		}
+	} else {
+		setLive(nil)
+	}
 	a.registerChecks()
 	metrics.MustRegister(a.health.Collector())
 	server := health.NewServer(health.ServerOptions{
-		Registry: a.health, Node: o.Node, Versions: versions(o.Version), Sections: a.sections, Gatherer: metrics, Logger: o.Logger,
+		Registry: a.health, Node: o.Node, Versions: versions(o.Version), Sections: a.sections, Gatherer: metrics,
+		Routes: func(mux *http.ServeMux) {
+			if a.cluster != nil {
+				a.cluster.Routes(mux)
+			}
+		},
+		Logger: o.Logger,
 	})
+	var probes net.Listener
+	if o.HTTPListen != "" {
+		var config net.ListenConfig
+		if probes, err = config.Listen(ctx, "tcp", o.HTTPListen); err != nil {
+			return fmt.Errorf("listen for probes and metrics: %w", err)
+		}
+		defer probes.Close()
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return server.Serve(ctx, listener) })
-	group.Go(func() error { return loop.Run(ctx) })
+	if probes != nil {
+		group.Go(func() error { return server.ServeProbes(ctx, probes) })
+	}
+	if a.loop != nil {
+		group.Go(func() error { return a.loop.Run(ctx) })
+	}
+	if follow != nil {
+		group.Go(func() error { follow(ctx); return nil })
+	}
+	if a.cluster != nil {
+		a.cluster.Start(ctx, group)
+	}
 	group.Go(func() error { a.observe(ctx); return nil })
+	group.Go(func() error { a.releaseStart(ctx); return nil })
+	group.Go(func() error { return a.notifySystemd(ctx) })
 	return group.Wait()
 }
 
+// functionSource says who tells which functions should be served here: the
+// submit API of this machine or of the cluster, or the cluster's objects
+// themselves. Nil where nobody does.
+func (a *agent) functionSource() (source prefetch.Source, reporter prefetch.Reporter, follow func(context.Context), done func(), err error) {
+	done = func() {}
+	switch {
+	case a.o.APISocket != "" && a.o.APIURL != "":
+		return nil, nil, nil, done, errors.New("the submit API has a socket or a URL, not both")
+	case a.o.APISocket != "":
+		api := prefetch.NewAPIClient(a.o.APISocket)
+		return api, api, nil, api.Close, nil
+	case a.o.EngineSocket == "":
+	case a.o.APIURL != "":
+		api, err := a.remoteAPI()
+		if err != nil {
+			return nil, nil, nil, done, err
+		}
+		return api, api, nil, api.Close, nil
+	case a.cluster != nil:
+		source, follow = a.cluster.Functions()
+		return source, silentReporter{}, follow, done, nil
+	}
+	return nil, nil, nil, done, nil
+}
+
+// remoteAPI makes the client of the cluster's API.
+func (a *agent) remoteAPI() (*prefetch.APIClient, error) {
+	o := prefetch.RemoteOptions{URL: a.o.APIURL, TokenFile: a.o.APITokenFile, UserAgent: "hearth-nodeagent/" + a.o.Version}
+	switch {
+	case a.o.APICAFile != "":
+		o.Authority = func(context.Context) ([]byte, error) { return os.ReadFile(a.o.APICAFile) }
+	case a.cluster != nil:
+		o.ServerName, o.Authority, o.Address = a.cluster.APIAuthority()
+	}
+	return prefetch.NewRemoteAPIClient(o)
+}
+
+// silentReporter is for a cluster without an API: what is warm on a node is said
+// by the node, in its condition and metrics; nobody else is told.
+type silentReporter struct{}
+
+// Report implements prefetch.Reporter.
+func (silentReporter) Report(context.Context, v1alpha1.NodeReport) error { return nil }
+
+// noHome stands for the registry of artifacts without a host of their own
+// where there is none: in a cluster every artifact names its registry.
+const noHome = "registry.invalid"
+
+func (a *agent) puller(ctx context.Context) (*registry.Client, error) {
+	options := registry.ClientOptions{Registry: a.o.Registry, PlainHTTP: a.o.RegistryPlainHTTP, Logger: a.o.Logger}
+	if options.Registry == "" {
+		options.Registry = noHome
+	}
+	if a.cluster != nil {
+		keychain, err := a.cluster.Keychain(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if keychain != nil {
+			options.Keychain = authn.NewMultiKeychain(keychain, authn.DefaultKeychain)
+		}
+	}
+	return registry.NewClient(options)
+}
+
+// handOver makes dir and gives it to a user.
+func handOver(dir string, uid int) error {
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return fmt.Errorf("make the directory of the engine's socket: %w", err)
+	}
+	if err := os.Chown(dir, uid, uid); err != nil {
+		return fmt.Errorf("give the directory of the engine's socket to its user: %w", err)
+	}
+	return nil
+}
+
+// liveStore is the store as one of several loops sees it.
+type liveStore struct {
+	*precompile.Store
+	setLive func(digests []string)
+}
+
+func (s liveStore) SetLive(digests []string) { s.setLive(digests) }
+
 type agent struct {
-	o      Options
-	store  *precompile.Store
-	engine *control.Client
-	loop   *prefetch.Loop
-	health *health.Registry
+	o       Options
+	store   *precompile.Store
+	engine  *control.Client // nil without functions
+	loop    *prefetch.Loop  // nil without functions
+	cluster ClusterNode     // nil outside a cluster
+	health  *health.Registry
 
 	turns                                       *health.Loop
 	api, engineUp, workers, functions, disk, st *health.Check
@@ -138,17 +341,23 @@ type agent struct {
 }
 
 func (a *agent) registerChecks() {
-	r := health.NewRegistry(health.Options{Logger: a.o.Logger})
-	a.health = r
-	a.turns = r.Loop("prefetch loop", loopSilence)
+	r := a.health
 	a.st = r.Register(health.Definition{Code: "store", Severity: v1alpha1.SeverityCritical,
 		Remedy: "free disk space or raise --store-budget"})
 	a.disk = r.Register(health.Definition{Code: "disk", Severity: v1alpha1.SeverityWarning,
 		Remedy: "free space on the filesystem of the data directory; running functions are not affected"})
+	if a.loop == nil {
+		return
+	}
+	a.turns = r.Loop("prefetch loop", loopSilence)
 	a.engineUp = r.Register(health.Definition{Code: "engine", Severity: v1alpha1.SeverityCritical,
 		Remedy: "the engine is restarted by itself; if this stays, read its log", Pending: "waiting for the engine to answer"})
+	remedy := "functions go on being served as they are; start the API again"
+	if a.o.APIURL != "" {
+		remedy = "functions go on being served as they are; see whether the pods of the Deployment hearth-api run, and whether this node reaches " + a.o.APIURL
+	}
 	a.api = r.Register(health.Definition{Code: "api", Severity: v1alpha1.SeverityWarning,
-		Remedy: "functions go on being served as they are; start the API again", Pending: "waiting for the API to say what should be here"})
+		Remedy: remedy, Pending: "waiting for the API to say what should be here"})
 	a.workers = r.Register(health.Definition{Code: "workers", Severity: v1alpha1.SeverityWarning, DependsOn: []string{"engine"},
 		Remedy: "read the engine's log for why the worker ended", Pending: "waiting for the engine to answer"})
 	a.functions = r.Register(health.Definition{Code: "functions", Severity: v1alpha1.SeverityWarning, DependsOn: []string{"engine"},
@@ -175,6 +384,18 @@ func (a *agent) observe(ctx context.Context) {
 }
 
 func (a *agent) look() {
+	usage := a.store.Usage()
+	if usage.BudgetBytes > 0 && usage.LiveBytes >= usage.BudgetBytes {
+		a.st.Fail(fmt.Sprintf("functions that are needed take %d MiB, the budget is %d MiB", usage.LiveBytes>>20, usage.BudgetBytes>>20), "")
+	} else {
+		a.st.OK(fmt.Sprintf("%d objects, %d MiB", usage.Objects, usage.Bytes>>20))
+	}
+	if a.loop != nil {
+		a.lookAtFunctions()
+	}
+}
+
+func (a *agent) lookAtFunctions() {
 	s := a.loop.Status()
 	if time.Since(s.LastPass) < loopSilence {
 		a.turns.Beat()
@@ -196,12 +417,6 @@ func (a *agent) look() {
 			a.functions.OK(s.Summary)
 		}
 	}
-	usage := a.store.Usage()
-	if usage.BudgetBytes > 0 && usage.LiveBytes >= usage.BudgetBytes {
-		a.st.Fail(fmt.Sprintf("functions that are needed take %d MiB, the budget is %d MiB", usage.LiveBytes>>20, usage.BudgetBytes>>20), "")
-	} else {
-		a.st.OK(fmt.Sprintf("%d objects, %d MiB", usage.Objects, usage.Bytes>>20))
-	}
 	newest := a.lastError
 	for i := len(s.Recent) - 1; i >= 0; i-- { // oldest first
 		if e := s.Recent[i]; e.Time.After(a.lastError) {
@@ -222,6 +437,9 @@ func (a *agent) ask(ctx context.Context) {
 		a.disk.Fail(fmt.Sprintf("%d MiB free", d.FreeBytes>>20), "")
 	} else {
 		a.disk.OK(fmt.Sprintf("%d GiB free", d.FreeBytes>>30))
+	}
+	if a.engine == nil {
+		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askEvery)
 	defer cancel()
@@ -245,29 +463,23 @@ func (a *agent) ask(ctx context.Context) {
 
 // sections collects what a status document shows beside the checks.
 func (a *agent) sections(ctx context.Context) health.Sections {
-	s := a.loop.Status()
-	functions := &v1alpha1.FunctionsStatus{
-		Total: s.Total, Warm: s.Warm, Pulling: s.Queued + s.Pulling + s.Compiling + s.Loading, FailedCount: s.Failed + s.Retrying,
-	}
-	for _, f := range s.Functions {
-		if f.Error == nil || len(functions.Failed) == maxFailedListed {
-			continue
-		}
-		functions.Failed = append(functions.Failed, v1alpha1.FailedFunction{
-			Name: f.Name, Revision: f.Revision, Serving: f.Serving, Retrying: f.Retrying, Error: *f.Error,
-		})
-	}
 	usage := a.store.Usage()
 	sections := health.Sections{
-		Functions: functions,
 		Store: &v1alpha1.StoreStatus{
 			Path: a.o.StoreDir, Objects: usage.Objects, UsedBytes: usage.Bytes, BudgetBytes: usage.BudgetBytes, Quarantined: usage.Quarantined,
 		},
-		Engine: &v1alpha1.EngineStatus{Workers: []v1alpha1.WorkerStatus{}},
 	}
 	if d, err := diskStatus(a.o.StoreDir); err == nil {
 		sections.Disk = d
 	}
+	if a.cluster != nil {
+		a.cluster.Sections(&sections)
+	}
+	if a.loop == nil {
+		return sections
+	}
+	sections.Functions = a.functionsStatus()
+	sections.Engine = &v1alpha1.EngineStatus{Workers: []v1alpha1.WorkerStatus{}}
 	ctx, cancel := context.WithTimeout(ctx, engineDeadline)
 	defer cancel()
 	status, err := a.engine.Status(ctx, 0, 0)
@@ -282,6 +494,22 @@ func (a *agent) sections(ctx context.Context) health.Sections {
 		})
 	}
 	return sections
+}
+
+func (a *agent) functionsStatus() *v1alpha1.FunctionsStatus {
+	s := a.loop.Status()
+	functions := &v1alpha1.FunctionsStatus{
+		Total: s.Total, Warm: s.Warm, Pulling: s.Queued + s.Pulling + s.Compiling + s.Loading, FailedCount: s.Failed + s.Retrying,
+	}
+	for _, f := range s.Functions {
+		if f.Error == nil || len(functions.Failed) == maxFailedListed {
+			continue
+		}
+		functions.Failed = append(functions.Failed, v1alpha1.FailedFunction{
+			Name: f.Name, Revision: f.Revision, Serving: f.Serving, Retrying: f.Retrying, Error: *f.Error,
+		})
+	}
+	return functions
 }
 
 func diskStatus(path string) (*v1alpha1.DiskStatus, error) {

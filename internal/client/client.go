@@ -10,6 +10,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -74,6 +76,18 @@ type Options struct {
 	OnRetry func(err error, delay time.Duration)
 	// Transport defaults to one of its own that honours HTTP(S)_PROXY.
 	Transport http.RoundTripper
+	// RootCAs verify the server of an https URL instead of the system's; for
+	// the client's own transport. May be nil.
+	RootCAs *x509.CertPool
+	// Token is asked for the bearer token of each call. rejected is the one
+	// that the server did not accept at the attempt before, "" otherwise: when
+	// it is returned again, or "", the refusal stands. Functions never get the
+	// token. May be nil.
+	Token func(ctx context.Context, rejected string) (string, error)
+	// Name says for people which API this is; defaults to the URL.
+	Name string
+	// Closer is closed with the client: what the transport goes through. May be nil.
+	Closer io.Closer
 	// Sleep waits between attempts; defaults to a timer that ends with the context.
 	Sleep func(context.Context, time.Duration) error
 }
@@ -84,6 +98,8 @@ type Client struct {
 	o    Options
 	base *url.URL
 	http *http.Client
+	// functions sends what is for a function at its own URL.
+	functions *http.Client
 }
 
 // New returns a client; it does not connect yet.
@@ -111,14 +127,11 @@ func New(o Options) (*Client, error) {
 		base.RawQuery, base.Fragment = "", ""
 		transport := o.Transport
 		if transport == nil {
-			transport = &http.Transport{
-				Proxy:                 http.ProxyFromEnvironment,
-				DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-				TLSHandshakeTimeout:   10 * time.Second,
-				ExpectContinueTimeout: expectContinueWait,
-				IdleConnTimeout:       time.Minute,
-				ForceAttemptHTTP2:     true,
+			own := newTransport()
+			if o.RootCAs != nil {
+				own.TLSClientConfig = &tls.Config{RootCAs: o.RootCAs, MinVersion: tls.VersionTLS12}
 			}
+			transport = own
 		}
 		c.http = &http.Client{Transport: transport, CheckRedirect: noRedirect}
 	case "unix":
@@ -127,14 +140,35 @@ func New(o Options) (*Client, error) {
 	default:
 		return nil, fmt.Errorf("the server's URL %q has scheme %q; http, https and unix are known", o.URL, base.Scheme)
 	}
+	c.functions = &http.Client{Transport: newTransport(), CheckRedirect: noRedirect}
+	if c.o.Name == "" {
+		c.o.Name = c.URL()
+	}
 	return c, nil
+}
+
+func newTransport() *http.Transport {
+	return &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+		TLSHandshakeTimeout:   10 * time.Second,
+		ExpectContinueTimeout: expectContinueWait,
+		IdleConnTimeout:       time.Minute,
+		ForceAttemptHTTP2:     true,
+	}
 }
 
 // noRedirect keeps modules and secrets from following a Location elsewhere.
 func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
-// Close ends idle connections.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
+// Close ends idle connections and closes Options.Closer.
+func (c *Client) Close() {
+	c.http.CloseIdleConnections()
+	c.functions.CloseIdleConnections()
+	if c.o.Closer != nil {
+		_ = c.o.Closer.Close() // nothing is lost: every answer was read
+	}
+}
 
 // URL is the server's URL, without a trailing slash.
 func (c *Client) URL() string { return strings.TrimRight(c.base.String(), "/") }
@@ -144,6 +178,8 @@ type ProblemError struct {
 	v1alpha1.Problem
 	// RetryAfter is the answer's Retry-After, 0 for none.
 	RetryAfter time.Duration
+	// API is the name of the one that refused; "" for a function's gateway.
+	API string
 }
 
 // Code is the last segment of the problem's type; "" when it has none.
@@ -168,6 +204,7 @@ func (e *ProblemError) Error() string {
 
 // UnreachableError says that no HTTP answer came from the server.
 type UnreachableError struct {
+	// URL is that of the server, or its name when that says more.
 	URL string
 	Err error
 }
@@ -211,10 +248,23 @@ func (c *Client) do(ctx context.Context, k call) (*http.Response, error) {
 		InitialInterval: firstDelay, RandomizationFactor: 0.3, Multiplier: 2, MaxInterval: maxDelay,
 	}
 	delays.Reset()
+	rejected := ""
 	for attempt := 1; ; attempt++ {
-		resp, err := c.send(ctx, k, key)
+		token, err := c.token(ctx, rejected)
+		if err != nil {
+			return nil, err
+		}
+		resp, err := c.send(ctx, k, key, token)
 		if err == nil {
 			return resp, nil
+		}
+		// A refused token may have expired on the way. Nothing was done, so
+		// another is tried at once, but only one.
+		if rejected == "" && token != "" && unauthenticated(err) {
+			rejected = token
+			if fresh, err := c.token(ctx, rejected); err == nil && fresh != "" && fresh != rejected {
+				continue
+			}
 		}
 		delay, again := retryDelay(err, attempt, delays)
 		if !again || ctx.Err() != nil {
@@ -230,6 +280,19 @@ func (c *Client) do(ctx context.Context, k call) (*http.Response, error) {
 			return nil, err
 		}
 	}
+}
+
+// token asks for the token of a call; "" when there is none to send.
+func (c *Client) token(ctx context.Context, rejected string) (string, error) {
+	if c.o.Token == nil {
+		return "", nil
+	}
+	return c.o.Token(ctx, rejected)
+}
+
+func unauthenticated(err error) bool {
+	var problem *ProblemError
+	return errors.As(err, &problem) && problem.Status == http.StatusUnauthorized
 }
 
 func retryDelay(err error, attempt int, delays *backoff.ExponentialBackOff) (time.Duration, bool) {
@@ -249,9 +312,16 @@ func retryDelay(err error, attempt int, delays *backoff.ExponentialBackOff) (tim
 	var unreachable *UnreachableError
 	if errors.As(err, &unreachable) {
 		// Nobody there at the first attempt is no passing failure: say so at once.
-		return delay, attempt < maxAttempts && (attempt > 1 || !refused(err))
+		return delay, attempt < maxAttempts && (attempt > 1 || !refused(err)) && !untrusted(err)
 	}
 	return 0, false
+}
+
+// untrusted says that the server's certificate was not accepted, which trying
+// again does not change.
+func untrusted(err error) bool {
+	var verification *tls.CertificateVerificationError
+	return errors.As(err, &verification)
 }
 
 func refused(err error) bool {
@@ -259,7 +329,7 @@ func refused(err error) bool {
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, localsocket.ErrNotRunning) || errors.As(err, &dns)
 }
 
-func (c *Client) send(ctx context.Context, k call, key string) (*http.Response, error) {
+func (c *Client) send(ctx context.Context, k call, key, token string) (*http.Response, error) {
 	target := c.base.JoinPath(k.path...)
 	target.RawQuery = k.query.Encode()
 	var body io.ReadCloser
@@ -288,6 +358,9 @@ func (c *Client) send(ctx context.Context, k call, key string) (*http.Response, 
 	if key != "" {
 		req.Header.Set("Idempotency-Key", key)
 	}
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
 	if c.o.UserAgent != "" {
 		req.Header.Set("User-Agent", c.o.UserAgent)
 	}
@@ -297,13 +370,13 @@ func (c *Client) send(ctx context.Context, k call, key string) (*http.Response, 
 	resp, err := c.http.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, contextError(ctx, c.URL())
+			return nil, contextError(ctx, c.o.Name)
 		}
-		return nil, &UnreachableError{URL: c.URL(), Err: err}
+		return nil, &UnreachableError{URL: c.o.Name, Err: err}
 	}
 	if resp.StatusCode >= 300 {
 		defer drain(resp.Body)
-		return nil, readProblem(resp)
+		return nil, c.readProblem(resp)
 	}
 	return resp, nil
 }
@@ -323,10 +396,11 @@ func drain(body io.ReadCloser) {
 	_ = body.Close()
 }
 
-func readProblem(resp *http.Response) error {
+func (c *Client) readProblem(resp *http.Response) error {
 	data, _ := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
 	p := parseProblem(resp.StatusCode, resp.Header.Get("Content-Type"), data)
 	p.RetryAfter = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
+	p.API = c.o.Name
 	return p
 }
 
@@ -388,14 +462,14 @@ func (c *Client) answer(ctx context.Context, k call, out any) (http.Header, int,
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxDocument+1))
 	switch {
 	case err != nil && ctx.Err() != nil:
-		return nil, 0, contextError(ctx, c.URL())
+		return nil, 0, contextError(ctx, c.o.Name)
 	case err != nil:
-		return nil, 0, &UnreachableError{URL: c.URL(), Err: fmt.Errorf("the answer broke off: %w", err)}
+		return nil, 0, &UnreachableError{URL: c.o.Name, Err: fmt.Errorf("the answer broke off: %w", err)}
 	case len(data) > maxDocument:
-		return nil, 0, fmt.Errorf("the answer of %s is larger than %d MiB", c.URL(), maxDocument>>20)
+		return nil, 0, fmt.Errorf("the answer of %s is larger than %d MiB", c.o.Name, maxDocument>>20)
 	}
 	if err := json.Unmarshal(data, out); err != nil {
-		return nil, 0, fmt.Errorf("the answer of %s is not the JSON that was asked for; is it a Hearth server? (%w)", c.URL(), err)
+		return nil, 0, fmt.Errorf("the answer of %s is not the JSON that was asked for; is it a Hearth server? (%w)", c.o.Name, err)
 	}
 	return resp.Header, resp.StatusCode, nil
 }

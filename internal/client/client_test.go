@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"mime"
 	"mime/multipart"
 	"net"
@@ -494,5 +495,105 @@ func BenchmarkGet(b *testing.B) {
 		if _, _, err := c.Get(b.Context(), "hello"); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+func TestRefusedTokenIsReplacedOnce(t *testing.T) {
+	for name, tt := range map[string]struct {
+		tokens []string // what Token returns in turn; the last one again and again
+		good   string
+		want   []string // what the server got
+	}{
+		"a fresh one is accepted":     {[]string{"old", "new"}, "new", []string{"Bearer old", "Bearer new", "Bearer new"}},
+		"a fresh one is refused, too": {[]string{"old", "new"}, "other", []string{"Bearer old", "Bearer new"}},
+		"there is no other":           {[]string{"old"}, "other", []string{"Bearer old"}},
+		"there is none":               {[]string{""}, "other", []string{""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got []string
+			bodies := 0
+			a := serve(t, func(w http.ResponseWriter, r *http.Request) {
+				got = append(got, r.Header.Get("Authorization"))
+				if r.Header.Get("Authorization") != "Bearer "+tt.good {
+					problem(http.StatusUnauthorized, "unauthorized", false, "")(w, r)
+					return
+				}
+				w.Header().Set("Content-Type", "application/json")
+				_, _ = io.WriteString(w, `{"name":"hello"}`)
+			})
+			asked := 0
+			a.client.o.Token = func(_ context.Context, rejected string) (string, error) {
+				if rejected != "" && asked < len(tt.tokens)-1 {
+					asked++
+				}
+				return tt.tokens[asked], nil
+			}
+			_, err := a.client.Put(t.Context(), "hello", Source{Size: 4, Module: func() (io.ReadCloser, error) {
+				bodies++
+				return io.NopCloser(strings.NewReader("wasm")), nil
+			}}, Change{})
+			accepted := tt.want[len(tt.want)-1] == "Bearer "+tt.good
+			var refusal *ProblemError
+			if accepted != (err == nil) || !accepted && (!errors.As(err, &refusal) || refusal.API != a.URL) {
+				t.Errorf("%v", err)
+			}
+			if accepted {
+				if _, _, err := a.client.Get(t.Context(), "hello"); err != nil {
+					t.Error(err)
+				}
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" || bodies == 0 {
+				t.Error(diff, bodies)
+			}
+			for _, r := range a.requests {
+				if r.method == http.MethodPut && (r.key == "" || r.key != a.requests[0].key || r.body != "wasm") {
+					t.Errorf("another request was made of it: %+v", r)
+				}
+			}
+		})
+	}
+}
+
+func TestFunctionsOwnURLIsCalledWithoutTheToken(t *testing.T) {
+	var got *http.Request
+	function := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { got = r; _, _ = io.WriteString(w, "hi") }))
+	defer function.Close()
+	c, err := New(Options{URL: "https://api.invalid", Token: func(context.Context, string) (string, error) { return "secret", nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	req, err := http.NewRequest(http.MethodGet, "http://function.invalid/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = ""
+	resp, err := c.InvokeURL(t.Context(), req, function.URL+"/", "//a/../b?c=d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if got.RequestURI != "//a/../b?c=d" || got.Header.Get("Authorization") != "" || "http://"+got.Host != function.URL {
+		t.Errorf("%s %s %v", got.Host, got.RequestURI, got.Header)
+	}
+	for _, base := range []string{"", "file:///etc/passwd", "http://", "hello"} {
+		if _, err := c.InvokeURL(t.Context(), req, base, "/"); err == nil {
+			t.Errorf("%q was called", base)
+		}
+	}
+}
+
+func TestCertificateThatIsNotTrustedIsNotTriedAgain(t *testing.T) {
+	server := httptest.NewTLSServer(http.NotFoundHandler())
+	defer server.Close()
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	c, err := New(Options{URL: server.URL, OnRetry: func(err error, _ time.Duration) { t.Errorf("tried again: %v", err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	var unreachable *UnreachableError
+	if _, _, err := c.Get(t.Context(), "hello"); !errors.As(err, &unreachable) {
+		t.Errorf("%v", err)
 	}
 }

@@ -24,6 +24,11 @@ type Settings struct {
 	MemoryMiB   *int `json:"memoryMiB,omitempty"`
 	TimeoutMS   *int `json:"timeoutMs,omitempty"`
 	Concurrency *int `json:"concurrency,omitempty"`
+	// Runtime, Host and Routes are known to a cluster's API only. An empty
+	// Host or an empty list of Routes removes what was there.
+	Runtime *v1alpha1.FunctionRuntime `json:"runtime,omitempty"`
+	Host    *string                   `json:"host,omitempty"`
+	Routes  *[]string                 `json:"routes,omitempty"`
 	// Env and Secrets by name; a nil value removes the variable.
 	Env     map[string]*string `json:"env,omitempty"`
 	Secrets map[string]*string `json:"secrets,omitempty"`
@@ -34,7 +39,8 @@ func (s Settings) String() string { return "settings" }
 
 // Empty says whether nothing would change.
 func (s Settings) Empty() bool {
-	return s.MemoryMiB == nil && s.TimeoutMS == nil && s.Concurrency == nil && len(s.Env) == 0 && len(s.Secrets) == 0
+	return s.MemoryMiB == nil && s.TimeoutMS == nil && s.Concurrency == nil && len(s.Env) == 0 && len(s.Secrets) == 0 &&
+		s.Runtime == nil && s.Host == nil && s.Routes == nil
 }
 
 // Source is what a function is made of: exactly one of Module and Image.
@@ -296,7 +302,7 @@ func (c *Client) Wait(ctx context.Context, name string, seen func(v1alpha1.Funct
 func (c *Client) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
-	resp, err := c.send(ctx, call{method: http.MethodGet, path: []string{"readyz"}}, "") //nolint:bodyclose // drain closes it
+	resp, err := c.send(ctx, call{method: http.MethodGet, path: []string{"readyz"}}, "", "") //nolint:bodyclose // drain closes it
 	if err != nil {
 		return err
 	}
@@ -315,18 +321,36 @@ func (c *Client) Invoke(ctx context.Context, req *http.Request, name, path strin
 	if err != nil {
 		return nil, fmt.Errorf("the path is not valid: %w", err)
 	}
+	return c.invoke(ctx, c.http, req, target, c.o.Name)
+}
+
+// InvokeURL is Invoke at the function's own URL, which begins with base: the
+// way to a function of a cluster, whose API is no gateway. The server is not
+// the API, and gets neither its token nor trust in its authority.
+func (c *Client) InvokeURL(ctx context.Context, req *http.Request, base, path string) (*http.Response, error) {
+	target, err := url.Parse(strings.TrimRight(base, "/") + path)
+	if err != nil {
+		return nil, fmt.Errorf("the path is not valid: %w", err)
+	}
+	if target.Scheme != "http" && target.Scheme != "https" || target.Host == "" {
+		return nil, fmt.Errorf("the function's URL %q is not one that can be called", base)
+	}
+	return c.invoke(ctx, c.functions, req, target, base)
+}
+
+func (c *Client) invoke(ctx context.Context, via *http.Client, req *http.Request, target *url.URL, name string) (*http.Response, error) {
 	target.Fragment = ""
 	out := req.Clone(ctx)
 	out.URL, out.Host = target, req.Host
 	if out.Header.Get("User-Agent") == "" && c.o.UserAgent != "" {
 		out.Header.Set("User-Agent", c.o.UserAgent)
 	}
-	resp, err := c.http.Do(out)
+	resp, err := via.Do(out)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, contextError(ctx, c.URL())
+			return nil, contextError(ctx, name)
 		}
-		return nil, &UnreachableError{URL: c.URL(), Err: err}
+		return nil, &UnreachableError{URL: name, Err: err}
 	}
 	return resp, nil
 }

@@ -138,9 +138,9 @@ func (c *Client) stream(ctx context.Context, name string, o LogOptions, line fun
 	}
 	if err := scanner.Err(); err != nil {
 		if ctx.Err() != nil {
-			return contextError(ctx, c.URL())
+			return contextError(ctx, c.o.Name)
 		}
-		return &UnreachableError{URL: c.URL(), Err: fmt.Errorf("the log broke off: %w", err)}
+		return &UnreachableError{URL: c.o.Name, Err: fmt.Errorf("the log broke off: %w", err)}
 	}
 	return nil
 }

@@ -28,11 +28,13 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/access"
 	"github.com/hearth-sh/hearth/internal/engine/control"
 	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 	"github.com/hearth-sh/hearth/internal/paths"
 	"github.com/hearth-sh/hearth/internal/precompile"
+	"github.com/hearth-sh/hearth/internal/publish"
 	"github.com/hearth-sh/hearth/internal/registry"
 	"github.com/hearth-sh/hearth/internal/sandbox"
 	"github.com/hearth-sh/hearth/internal/submit"
@@ -69,6 +71,9 @@ type Options struct {
 	DataDir string
 	// BaseDomain is what functions' hosts end in.
 	BaseDomain string
+	// TokenFile has the tokens that may use the API; empty: whoever can connect
+	// may. With it, the registry is not served on the public address.
+	TokenFile string
 	// Isolation, WorkerMemoryMiB and StoreBudgetMiB are passed on to the
 	// engine and the agent.
 	Isolation       string
@@ -233,8 +238,8 @@ func (d *dev) listen(ctx context.Context) error {
 	d.listener = listener.(*net.TCPListener)
 	d.closeLater(d.listener.Close)
 	d.address = d.listener.Addr().String()
-	if addr, ok := d.listener.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() {
-		d.o.Logger.Warn("the submit API has no authentication and is reachable from other machines", "address", d.address)
+	if addr, ok := d.listener.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && d.o.TokenFile == "" {
+		d.o.Logger.Warn("the submit API has no authentication and is reachable from other machines; give --token-file", "address", d.address)
 	}
 	return nil
 }
@@ -252,7 +257,7 @@ func (d *dev) openRegistry(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	collected, err := embedded.CollectGarbage(ctx, functionsPrefix, keep)
+	collected, err := embedded.CollectGarbage(ctx, publish.DefaultPrefix, keep)
 	if err != nil {
 		// Garbage costs space and nothing else; a full or failing disk must
 		// not keep functions from being served.
@@ -304,6 +309,10 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 		return err
 	}
 	d.closeLater(func() error { client.Close(); return nil })
+	publisher, err := publish.NewPublisher(publish.Options{Client: client})
+	if err != nil {
+		return err
+	}
 	program := d.o.Program
 	if program == "" {
 		program = sandbox.Executable()
@@ -315,10 +324,19 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 	d.closeLater(func() error { d.control.CloseIdle(); return nil })
 	agentClient, engineClient := newSibling(paths.AgentSocket(d.o.DataDir)), newSibling(paths.EngineSocket(d.o.DataDir))
 	d.closeLater(func() error { agentClient.CloseIdleConnections(); engineClient.CloseIdleConnections(); return nil })
+	// Not a nil *access.File as an interface that is not nil.
+	var who submit.Access
+	if d.o.TokenFile != "" {
+		if who, err = access.OpenFile(d.o.TokenFile, access.FileOptions{Logger: d.o.Logger}); err != nil {
+			return err
+		}
+	}
 	api, err := submit.New(submit.Options{
+		Access:     who,
+		Audit:      d.audit(),
 		Store:      d.store,
-		Checker:    checker{compiler},
-		Publisher:  publisher{client},
+		Checker:    publish.NewChecker(compiler),
+		Publisher:  publisher,
 		Logs:       functionLogs{d.control},
 		Health:     readiness{d, agentClient},
 		URLs:       d.urls,
@@ -345,7 +363,10 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 	d.submit = api
 	mux := http.NewServeMux()
 	mux.Handle("/node/", api.NodeHandler())
-	mux.Handle("/v2/", d.embedded.Handler())
+	if who == nil {
+		// It knows no tokens; the agent has a way of its own.
+		mux.Handle("/v2/", d.embedded.Handler())
+	}
 	mux.Handle("/", api.Handler())
 	d.serve(group, "submit API", d.api, mux)
 	pull := http.NewServeMux()
@@ -353,6 +374,14 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 	d.serve(group, "registry", d.registry, pull)
 
 	return d.startChildren(ctx, group)
+}
+
+// audit gets a line for each change where there are callers to tell apart.
+func (d *dev) audit() *slog.Logger {
+	if d.o.TokenFile == "" {
+		return nil
+	}
+	return d.o.Logger.With("audit", true)
 }
 
 func (d *dev) serve(group *errgroup.Group, name string, listener net.Listener, handler http.Handler) {
@@ -530,7 +559,7 @@ func (d *dev) showReady(ctx context.Context, took time.Duration) {
 	url, _ := d.urls("hello-go")
 	server := ""
 	if d.clientURL() != "http://127.0.0.1:8080" {
-		server = " --url " + d.clientURL()
+		server = " --api " + d.clientURL()
 	}
 	status := ""
 	if d.o.DataDir != paths.DataDir() {

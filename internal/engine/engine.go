@@ -13,11 +13,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -25,6 +27,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,9 +51,9 @@ const (
 	drainLimit = 5 * time.Second
 	// sweepInterval is how often old logs are looked for.
 	sweepInterval = time.Hour
-	// rssAllowance is what a worker may use beyond its guests' linear memory:
-	// code, Go's heap, stacks of guests that recurse.
-	rssAllowance = 512 << 20
+	// defaultOverheadBytes is enough for a hundred Go functions' code and a
+	// few guests that recurse to the end of their stacks at once.
+	defaultOverheadBytes = 512 << 20
 )
 
 // Isolation says which functions may share a worker process.
@@ -68,26 +71,40 @@ const (
 // Options is what an engine needs. Listener, ControlSocket, LogDir and
 // WorkerCommand are required.
 type Options struct {
+	// Name tells this engine's forwarded requests from others'; the host's name
+	// when empty.
+	Name string
 	// Listener accepts public HTTP. Run closes it.
 	Listener net.Listener
+	// Probes, if not nil, answers /livez, /readyz and /metrics to kubelet and
+	// Prometheus; they never share an address with tenants. Run closes it.
+	Probes net.Listener
 	// ControlSocket is where to listen for the agent.
 	ControlSocket string
 	// APISocket is the unix socket that control paths are passed to when asked
 	// for under the base domain, localhost or an address; empty for none.
 	APISocket string
-	// BaseDomain is what function names are prefixed to; "localhost" when empty.
+	// BaseDomain is what function names are prefixed to while the agent names no
+	// other; "localhost" when empty.
 	BaseDomain string
 	// LogDir holds one NDJSON file per function and one rotated one.
 	LogDir string
+	// LogOutput gets every line of every function's log as well, as
+	// control.LogRecord lines; nil for none. A slow one loses lines.
+	LogOutput io.Writer
 	// Isolation is IsolationTenant when empty.
 	Isolation Isolation
 	// WorkerCommand starts a worker; nothing is appended to it.
 	WorkerCommand []string
 	// WorkerEnv is added to the (empty) environment of workers.
 	WorkerEnv []string
-	// WorkerMemoryBytes caps a worker's resident memory; 0 means half of the
-	// machine's.
+	// WorkerMemoryBytes caps the linear memory of a worker's guests together;
+	// 0 means half of the machine's memory.
 	WorkerMemoryBytes uint64
+	// WorkerOverheadBytes is what a worker may use beyond that: code, Go's
+	// heap, stacks of guests that recurse. A worker whose resident memory
+	// exceeds both together is killed. 0 means 512 MiB.
+	WorkerOverheadBytes uint64
 	// StoreDir is the store's objects directory, the only thing workers may
 	// read. Empty means no file system confinement by path, for tests only.
 	StoreDir string
@@ -100,6 +117,15 @@ type Options struct {
 	Logger         *slog.Logger
 }
 
+// closeListeners is for when Run gives up before serving; what went wrong
+// first is what is reported.
+func (o Options) closeListeners() {
+	_ = o.Listener.Close()
+	if o.Probes != nil {
+		_ = o.Probes.Close()
+	}
+}
+
 // Engine is a running engine. Run makes one.
 type Engine struct {
 	options    Options
@@ -110,6 +136,10 @@ type Engine struct {
 	protection *http.CrossOriginProtection
 	credential *syscall.Credential
 	rssLimit   uint64
+	hangups    *hangups
+	peers      *peers
+	readAhead  atomic.Int64 // bytes that all requests hold in theirs
+	routing    atomic.Pointer[routing]
 	noteOnce   sync.Once
 	// ending is done when Run is asked to end: followed logs end with it,
 	// function requests may finish.
@@ -134,14 +164,15 @@ type Engine struct {
 func Run(ctx context.Context, o Options) error {
 	e, err := newEngine(o)
 	if err != nil {
-		_ = o.Listener.Close() // the first error says it
+		o.closeListeners()
 		return err
 	}
 	e.ending = ctx
 	defer e.logs.closeAll()
 	controlListener, err := localsocket.Listen(o.ControlSocket)
 	if err != nil {
-		_ = o.Listener.Close() // the first error says it
+		_ = e.hangups.close()
+		o.closeListeners()
 		return fmt.Errorf("listen for the agent: %w", err)
 	}
 	// Having the control socket proves that no other engine uses the
@@ -158,6 +189,7 @@ func Run(ctx context.Context, o Options) error {
 		IdleTimeout:       idleLimit,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          errorLog,
+		ConnContext:       keepConnection,
 	}
 	private := &http.Server{
 		Handler:           e.controlHandler(),
@@ -165,8 +197,13 @@ func Run(ctx context.Context, o Options) error {
 		IdleTimeout:       idleLimit,
 		ErrorLog:          errorLog,
 	}
-	failed := make(chan error, 2)
+	failed := make(chan error, 4)
 	var group sync.WaitGroup
+	group.Go(func() {
+		if err := e.hangups.run(); err != nil {
+			failed <- err
+		}
+	})
 	serve := func(s *http.Server, l net.Listener, what string) {
 		group.Go(func() {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -176,6 +213,16 @@ func Run(ctx context.Context, o Options) error {
 	}
 	serve(public, o.Listener, "functions")
 	serve(private, controlListener, "the agent")
+	probes := &http.Server{
+		Handler:           e.probeHandler(),
+		ReadHeaderTimeout: headerLimit,
+		IdleTimeout:       idleLimit,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          errorLog,
+	}
+	if o.Probes != nil {
+		serve(probes, o.Probes, "probes")
+	}
 	sweeping, stopSweep := context.WithCancel(ctx)
 	group.Go(func() { e.sweep(sweeping) })
 	e.logger.Info("engine ready", "listen", o.Listener.Addr().String(), "isolation", string(e.options.Isolation))
@@ -192,7 +239,10 @@ func Run(ctx context.Context, o Options) error {
 	_ = public.Shutdown(drain)
 	_ = public.Close()
 	_ = private.Close()
+	_ = probes.Close()
+	_ = e.hangups.close() // only ends its run
 	group.Wait()
+	e.peers.close()
 	e.stop()
 	return result
 }
@@ -225,10 +275,23 @@ func newEngine(o Options) (*Engine, error) {
 		}
 		o.WorkerMemoryBytes = info.Totalram * uint64(info.Unit) / 2
 	}
+	if o.WorkerOverheadBytes == 0 {
+		o.WorkerOverheadBytes = defaultOverheadBytes
+	}
+	if o.Name == "" {
+		name, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("find the host's name: %w", err)
+		}
+		o.Name = name
+	}
 	m := newMetrics()
 	logs, err := newLogStore(o.LogDir, m, o.Logger)
 	if err != nil {
 		return nil, err
+	}
+	if o.LogOutput != nil {
+		logs.mirror = newLogMirror(o.LogOutput, m)
 	}
 	e := &Engine{
 		options: o, logger: o.Logger, metrics: m, logs: logs,
@@ -236,7 +299,13 @@ func newEngine(o Options) (*Engine, error) {
 		processes: make(map[string]*process),
 		version:   rand.Uint64()>>16 + 1,
 		changed:   make(chan struct{}),
-		rssLimit:  o.WorkerMemoryBytes + rssAllowance,
+		rssLimit:  o.WorkerMemoryBytes + o.WorkerOverheadBytes,
+	}
+	e.routing.Store(&routing{base: o.BaseDomain})
+	e.peers = newPeers(o.Name)
+	if e.hangups, err = newHangups(); err != nil {
+		logs.closeAll()
+		return nil, err
 	}
 	if e.credential = sandbox.Credential(); e.credential != nil {
 		for _, path := range []string{o.WorkerCommand[0], o.StoreDir} {
@@ -331,6 +400,14 @@ func (e *Engine) apply(s control.State) error {
 	}
 	again := s.Generation != e.generation
 	e.generation = s.Generation
+	table := &routing{base: e.options.BaseDomain}
+	if s.BaseDomain != "" {
+		if base := canonicalHost(s.BaseDomain); validHost(base) {
+			table.base = base
+		} else {
+			e.logger.Warn("base domain of the state ignored: it is no DNS name", "domain", s.BaseDomain)
+		}
+	}
 	named := make(map[string]bool, len(s.Functions))
 	for _, spec := range s.Functions {
 		if !validLabel(spec.Name) || named[spec.Name] {
@@ -339,13 +416,17 @@ func (e *Engine) apply(s control.State) error {
 		}
 		named[spec.Name] = true
 		e.applyFunction(spec, again)
+		e.applyReach(e.functions[spec.Name], spec.Reach, spec.TimeoutMS, table)
 	}
 	for _, p := range s.Pending {
 		if validLabel(p.Name) && validLabel(p.Tenant) && !named[p.Name] {
 			named[p.Name] = true
 			e.applyPending(p)
+			e.applyReach(e.functions[p.Name], p.Reach, p.TimeoutMS, table)
 		}
 	}
+	table.sort()
+	e.routing.Store(table)
 	for name, f := range e.functions {
 		if !named[name] {
 			e.removeFunction(f)
@@ -410,6 +491,30 @@ func (e *Engine) applyPending(p control.Pending) {
 	f = &function{name: p.Name, tenant: p.Tenant}
 	f.limiter.limit = v1alpha1.DefaultConcurrency
 	e.functions[p.Name] = f
+}
+
+// applyReach says by which hosts a function is reached, and where it is beside
+// here.
+func (e *Engine) applyReach(f *function, r control.Reach, timeoutMS int, table *routing) {
+	for _, route := range r.Routes {
+		if err := table.add(route, f.name); err != nil {
+			e.logger.Warn("route of a function ignored", "function", f.name, "reason", err.Error())
+		}
+	}
+	if timeoutMS <= 0 || timeoutMS > v1alpha1.MaxTimeoutMS {
+		timeoutMS = v1alpha1.MaxTimeoutMS
+	}
+	there := &elsewhere{timeout: time.Duration(timeoutMS) * time.Millisecond}
+	for _, peer := range r.Peers {
+		if address, err := netip.ParseAddrPort(peer); err != nil || address.Port() == 0 {
+			e.logger.Warn("peer of a function ignored: it is no IP address and port", "function", f.name, "peer", peer)
+			continue
+		}
+		if there.peers = append(there.peers, peer); len(there.peers) == v1alpha1.MaxPeers {
+			break
+		}
+	}
+	f.elsewhere.Store(there)
 }
 
 func (e *Engine) removeFunction(f *function) {

@@ -27,6 +27,10 @@ type function struct {
 	// without it by every request.
 	serving atomic.Pointer[revision]
 	wanted  *revision
+	// elsewhere is never nil once the function is in Engine.functions.
+	elsewhere atomic.Pointer[elsewhere]
+	// forwarding counts requests on their way to peers.
+	forwarding atomic.Int64
 	// invalid says why the State's entry cannot be used, wanted is then nil.
 	invalid *v1alpha1.FunctionError
 	number  int // revision number of the entry that is invalid
@@ -94,6 +98,13 @@ func (r *revision) acquire(ctx context.Context, wait time.Duration) (*incarnatio
 		r.release()
 	}
 	return conn, err
+}
+
+// loaded says whether a worker has it at this moment.
+func (r *revision) loaded() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.conn != nil
 }
 
 // again waits for another worker after the given one failed. The caller still

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,10 +50,11 @@ var (
 // ServeHTTP routes one request of the public listener.
 func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodConnect || r.Method == http.MethodTrace || r.URL.Path == "" || r.URL.Path[0] != '/' {
-		writeProblem(w, problem(http.StatusMethodNotAllowed, "method-not-allowed", "neither CONNECT, TRACE nor requests without a path are served", false))
+		refuse(w, r, problem(http.StatusMethodNotAllowed, "method-not-allowed", "neither CONNECT, TRACE nor requests without a path are served", false))
 		return
 	}
-	switch to := routeRequest(e.options.BaseDomain, r.Host, r.URL.Path, r.URL.RawPath); to.to {
+	table := e.routing.Load()
+	switch to := table.request(r.Host, r.URL.Path, r.URL.RawPath); to.to {
 	case toFunction:
 		e.serveFunction(w, r, to)
 	case toAPI:
@@ -60,34 +62,58 @@ func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			// An earlier request to a function may have left its deadline.
 			_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 			ctx, cancel := context.WithCancel(r.Context())
+			if r.ContentLength != 0 {
+				ctx, cancel = e.hangups.untilHangup(r)
+			}
 			defer cancel()
 			defer context.AfterFunc(e.ending, cancel)()
-			e.protection.Handler(e.api).ServeHTTP(&refusing{w}, r.WithContext(ctx))
+			e.protection.Handler(e.api).ServeHTTP(&refusing{w, r.ContentLength != 0}, r.WithContext(ctx))
 			return
 		}
 		fallthrough
 	case toNothing:
-		writeProblem(w, problem(http.StatusNotFound, "not-found",
-			"there is nothing at this path; functions are at "+pathPrefix+"<name>/ and <name>."+e.options.BaseDomain, false))
+		refuse(w, r, problem(http.StatusNotFound, "not-found",
+			"there is nothing at this path; functions are at "+pathPrefix+"<name>/ and <name>."+table.base, false))
 	default:
-		writeProblem(w, problem(http.StatusMisdirectedRequest, "host-not-served",
+		refuse(w, r, problem(http.StatusMisdirectedRequest, "host-not-served",
 			"this server was not told to serve this host name; use localhost, an address, or a name below "+
-				e.options.BaseDomain+", or start it with another base domain", false))
+				table.base+", give a function this host, or start the server with another base domain", false))
 	}
 }
 
-// refusedBody is how long a client may go on sending the body of a request that
-// the API has refused already.
+// refusedBody is how long a client may go on sending a body that nobody wants
+// any more.
 const refusedBody = 500 * time.Millisecond
+
+// refuse answers a request whose body, if it has one, was not read to its end.
+func refuse(w http.ResponseWriter, r *http.Request, p *v1alpha1.Problem) {
+	if r.ContentLength != 0 {
+		leaveBody(w, http.NewResponseController(w))
+	}
+	writeProblem(w, p)
+}
+
+// leaveBody ends a connection with the answer that is about to be sent, because
+// its request's body is not read to its end: net/http takes up to 256 KiB of the
+// rest so that the connection can be used again, which without a deadline waits
+// for a client that stalls, and with one goes on to take what comes later for
+// the next request.
+func leaveBody(w http.ResponseWriter, rc *http.ResponseController) {
+	w.Header().Set("Connection", "close")
+	_ = rc.SetReadDeadline(time.Now().Add(refusedBody)) // only fails without a connection
+}
 
 // refusing stops waiting for the rest of a request's body when the API refused
 // the request: net/http would read on before it passes the answer to a sender
 // that stalled.
-type refusing struct{ http.ResponseWriter }
+type refusing struct {
+	http.ResponseWriter
+	body bool // the request has one
+}
 
 func (w *refusing) WriteHeader(code int) {
-	if code >= http.StatusBadRequest {
-		_ = http.NewResponseController(w.ResponseWriter).SetReadDeadline(time.Now().Add(refusedBody)) // only fails without a connection
+	if code >= http.StatusBadRequest && w.body {
+		leaveBody(w.ResponseWriter, http.NewResponseController(w.ResponseWriter))
 	}
 	w.ResponseWriter.WriteHeader(code)
 }
@@ -107,11 +133,26 @@ type exchange struct {
 	arrived  time.Time
 	deadline time.Time
 
+	// forwarded says that a peer sent the request, notHere that no guest saw it.
+	forwarded, notHere bool
+	// relaying is true while the request is with peers; relayTime is how long
+	// that took, to the first byte of an answer.
+	relaying  bool
+	relayTime time.Duration
+
 	queue, load, instantiate, firstByte time.Duration
+
+	body requestBody
+	// unread says that the client has not sent all of its body, or nobody
+	// looked; body.stream knows better where there is one.
+	unread bool
 }
 
 func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route) {
-	x := &exchange{engine: e, to: to, w: w, r: r, rc: http.NewResponseController(w), id: rand.Text(), arrived: time.Now()}
+	x := &exchange{
+		engine: e, to: to, w: w, r: r, rc: http.NewResponseController(w), id: rand.Text(), arrived: time.Now(),
+		unread: r.ContentLength != 0, forwarded: r.Header.Get(headerForwarded) != "", notHere: true,
+	}
 	function, told := e.find(r.Context(), to.function)
 	x.function = function
 	if !told {
@@ -133,38 +174,66 @@ func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route)
 func (x *exchange) serve() {
 	f := x.function
 	rev := f.serving.Load()
-	if rev == nil {
+	there := x.elsewhere(rev)
+	if rev == nil && there == nil {
 		if rev = x.engine.awaitServing(x.r.Context(), f); rev == nil {
 			x.notServed()
 			return
 		}
 		x.load = time.Since(x.arrived)
 	}
-	x.deadline = x.arrived.Add(time.Duration(rev.spec.TimeoutMS) * time.Millisecond)
+	if rev != nil {
+		x.deadline = x.arrived.Add(time.Duration(rev.spec.TimeoutMS) * time.Millisecond)
+	} else {
+		x.deadline = x.arrived.Add(there.timeout)
+	}
 	_ = x.rc.SetWriteDeadline(x.deadline.Add(writeGrace)) // only fails without a connection
 	if upgrade := x.r.Header.Get("Upgrade"); upgrade != "" && !strings.EqualFold(upgrade, "h2c") {
 		x.fail(problem(http.StatusNotImplemented, "upgrade-unsupported",
 			"functions answer plain HTTP requests; they cannot switch to another protocol", false))
 		return
 	}
-	ctx, cancel := context.WithDeadline(x.r.Context(), x.deadline)
-	defer cancel()
-
 	body, problem := x.readBody()
 	if problem != nil {
 		x.fail(problem)
 		return
 	}
+	x.unread = false
 	if body.stream != nil {
-		defer body.stream.detach()
+		body.ahead = newReadAhead(body.stream, body.stream.interrupt, &x.engine.readAhead)
+		defer func() {
+			body.ahead.stop()
+			if x.leavesBody() {
+				leaveBody(x.w, x.rc) // of which the header has been sent
+			}
+		}()
+		x.body = body
+		connected, leave := x.engine.hangups.untilHangup(x.r)
+		defer leave()
+		x.r = x.r.WithContext(connected)
+	}
+	ctx, cancel := context.WithDeadline(x.r.Context(), x.deadline)
+	defer cancel()
+	if there != nil {
+		nobody := x.relay(there, body)
+		if nobody == nil {
+			return
+		}
+		// It may be ready here by now, or in a moment.
+		waiting := time.Now()
+		if rev = x.engine.awaitServing(ctx, f); rev == nil {
+			x.fail(nobody)
+			return
+		}
+		x.load = time.Since(waiting)
 	}
 	if err := f.limiter.acquire(ctx); err != nil {
-		x.queue = time.Since(x.arrived) - x.load
+		x.queue = time.Since(x.arrived) - x.load - x.relayTime
 		x.failQueue(err)
 		return
 	}
 	defer f.limiter.release()
-	x.queue = time.Since(x.arrived) - x.load
+	x.queue = time.Since(x.arrived) - x.load - x.relayTime
 
 	waiting := time.Now()
 	var conn *incarnation
@@ -186,7 +255,16 @@ func (x *exchange) serve() {
 	}
 	defer rev.release()
 	x.load += time.Since(waiting)
+	x.notHere = false
 	x.forward(rev, conn, body)
+}
+
+// leavesBody says whether some of the client's body was not read.
+func (x *exchange) leavesBody() bool {
+	if x.body.stream != nil {
+		return !x.body.stream.complete()
+	}
+	return x.unread
 }
 
 // requestBody is a request's body on its way to a worker.
@@ -194,7 +272,8 @@ type requestBody struct {
 	small []byte // all of it, when it is small
 	// stream is the rest after small, nil when there is none.
 	stream *limitedBody
-	length int64 // -1 when not known
+	ahead  *readAhead // of stream
+	length int64      // -1 when not known
 }
 
 // readBody reads a small body before the request takes a turn, so that slow
@@ -219,7 +298,7 @@ func (x *exchange) readBody() (requestBody, *v1alpha1.Problem) {
 	if err != nil {
 		return requestBody{}, bodyProblem(err)
 	}
-	if r.ContentLength >= 0 || limited.done {
+	if r.ContentLength >= 0 || limited.complete() {
 		limited.finish()
 		return requestBody{small: small, length: int64(len(small))}, nil
 	}
@@ -238,17 +317,22 @@ func bodyProblem(err error) *v1alpha1.Problem {
 	return problem(http.StatusBadRequest, "request-body-failed", "the request body could not be read to its end", true)
 }
 
+// isClientsLimit tells a body that was refused from one whose client left:
+// net/http ends the request's context with any read that fails.
+func isClientsLimit(err error) bool {
+	return errors.Is(err, errBodyTooLarge) || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
 // limitedBody reads the client's body up to the limit and remembers why it
 // failed, because the transport tells only that it did.
 type limitedBody struct {
 	body io.ReadCloser
 	rc   *http.ResponseController
 	left int64
-	done bool // read to its end
 
-	mu       sync.Mutex
-	err      error
-	detached bool
+	mu   sync.Mutex
+	done bool // read to its end
+	err  error
 }
 
 func (b *limitedBody) Read(p []byte) (int, error) {
@@ -277,20 +361,21 @@ func (b *limitedBody) Read(p []byte) (int, error) {
 // finish ends the read deadline: from here on a read that ends means that the
 // client went away.
 func (b *limitedBody) finish() {
-	b.done = true
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.detached {
-		_ = b.rc.SetReadDeadline(time.Time{}) // only fails without a connection
-	}
+	b.done = true
+	_ = b.rc.SetReadDeadline(time.Time{}) // only fails without a connection
 }
 
-// detach ends what the body may do to the connection: the transport can go on
-// reading for a moment when the connection is the next request's already.
-func (b *limitedBody) detach() {
+// interrupt ends a read that waits for the client.
+func (b *limitedBody) interrupt() {
+	_ = b.rc.SetReadDeadline(time.Now()) // only fails without a connection
+}
+
+func (b *limitedBody) complete() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.detached = true
+	return b.done
 }
 
 func (b *limitedBody) fail(err error) {
@@ -318,24 +403,13 @@ func (x *exchange) forward(rev *revision, conn *incarnation, body requestBody) {
 	defer cancel()
 	for attempt := 1; ; attempt++ {
 		began := time.Now()
-		conn.inFlight.Add(1)
-		resp, err := conn.client.RoundTrip(x.request(ctx, rev, body))
+		err := x.attempt(ctx, rev, conn, body)
 		if err == nil {
-			fault := readFault(resp)
-			if fault == nil {
-				x.copyResponse(resp, began)
-			} else {
-				x.readTiming(resp, began)
-				_ = resp.Body.Close() // read
-				x.failFault(fault)
-			}
-			conn.inFlight.Add(-1)
 			return
 		}
-		conn.inFlight.Add(-1)
 		if body.stream != nil {
-			x.cancelInWorker(conn)
-			if cause := body.stream.failure(); cause != nil {
+			left := x.r.Context().Err() != nil
+			if cause := body.stream.failure(); cause != nil && (!left || isClientsLimit(cause)) {
 				x.fail(bodyProblem(cause))
 				return
 			}
@@ -369,17 +443,39 @@ func (x *exchange) forward(rev *revision, conn *incarnation, body requestBody) {
 	}
 }
 
+// attempt sends the request to a worker and passes the answer on. An error means
+// that there was none. It panics with http.ErrAbortHandler when the answer
+// broke off.
+func (x *exchange) attempt(ctx context.Context, rev *revision, conn *incarnation, body requestBody) error {
+	began := time.Now()
+	conn.inFlight.Add(1)
+	defer conn.inFlight.Add(-1)
+	answered := false
+	if body.stream != nil {
+		defer func() {
+			if !answered {
+				x.cancelInWorker(conn)
+			}
+		}()
+	}
+	resp, err := conn.client.RoundTrip(x.request(ctx, rev, body))
+	if err != nil {
+		return err
+	}
+	if fault := readFault(resp); fault != nil {
+		x.readTiming(resp, began)
+		_ = resp.Body.Close() // read
+		x.failFault(fault)
+	} else {
+		x.copyResponse(resp, began)
+	}
+	answered = true
+	return nil
+}
+
 // request makes the worker's request from the client's.
 func (x *exchange) request(ctx context.Context, rev *revision, body requestBody) *http.Request {
-	h := x.r.Header.Clone()
-	cgi.RemoveHopByHop(h)
-	for name := range h {
-		if strings.HasPrefix(name, worker.HeaderPrefix) {
-			delete(h, name)
-		}
-	}
-	delete(h, "Proxy")  // https://httpoxy.org
-	delete(h, "Expect") // answered here
+	h := x.outgoingHeader()
 	scheme := "http"
 	if x.r.TLS != nil {
 		scheme = "https"
@@ -390,9 +486,6 @@ func (x *exchange) request(ctx context.Context, rev *revision, body requestBody)
 	h[worker.HeaderScript] = []string{x.to.script}
 	h[worker.HeaderScheme] = []string{scheme}
 	h[worker.HeaderRemote] = []string{x.r.RemoteAddr}
-	if h["User-Agent"] == nil {
-		h["User-Agent"] = nil // or the transport adds its own
-	}
 	req := &http.Request{
 		Method: x.r.Method,
 		URL: &url.URL{
@@ -410,12 +503,29 @@ func (x *exchange) request(ctx context.Context, rev *revision, body requestBody)
 		req.Body = struct {
 			io.Reader
 			io.Closer
-		}{io.MultiReader(bytes.NewReader(body.small), body.stream), body.stream}
+		}{io.MultiReader(bytes.NewReader(body.small), body.ahead), body.stream}
 	case len(body.small) > 0:
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body.small)), nil }
 		req.Body, _ = req.GetBody() // never fails
 	}
 	return req.WithContext(ctx)
+}
+
+// outgoingHeader gives what of the client's header is sent on.
+func (x *exchange) outgoingHeader() http.Header {
+	h := x.r.Header.Clone()
+	cgi.RemoveHopByHop(h)
+	for name := range h {
+		if strings.HasPrefix(name, worker.HeaderPrefix) {
+			delete(h, name)
+		}
+	}
+	delete(h, "Proxy")  // https://httpoxy.org
+	delete(h, "Expect") // answered here
+	if h["User-Agent"] == nil {
+		h["User-Agent"] = nil // or the transport adds its own
+	}
+	return h
 }
 
 // readFault gives the worker's own word on the request, nil when the answer
@@ -440,8 +550,14 @@ func (x *exchange) readTiming(resp *http.Response, began time.Time) {
 
 // copyResponse passes a guest's answer on.
 func (x *exchange) copyResponse(resp *http.Response, began time.Time) {
-	defer resp.Body.Close()
 	x.readTiming(resp, began)
+	x.passOn(resp)
+}
+
+// passOn passes an answer of a worker or of a peer on. It panics with
+// http.ErrAbortHandler when the answer breaks off.
+func (x *exchange) passOn(resp *http.Response) {
+	defer resp.Body.Close()
 	h := x.w.Header()
 	for name, values := range resp.Header {
 		if !strings.HasPrefix(name, worker.HeaderPrefix) {
@@ -491,22 +607,28 @@ func (x *exchange) copyResponse(resp *http.Response, began time.Time) {
 // ownHeader adds what every answer for a function has.
 func (x *exchange) ownHeader() {
 	h := x.w.Header()
-	h.Set(headerRequestID, x.id)
-	var b strings.Builder
-	for i, phase := range []struct {
-		name string
-		d    time.Duration
-	}{{"queue", x.queue}, {"load", x.load}, {"instantiate", x.instantiate}, {"firstbyte", x.firstByte}} {
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		b.WriteString(phase.name)
-		b.WriteString(";dur=")
-		b.WriteString(strconv.FormatFloat(float64(phase.d.Microseconds())/1000, 'f', -1, 64))
+	if x.leavesBody() {
+		h.Set("Connection", "close")
 	}
-	h.Add(headerServerTiming, b.String())
+	h.Set(headerRequestID, x.id)
+	var phases []string
+	add := func(name string, d time.Duration) {
+		phases = append(phases, name+";dur="+strconv.FormatFloat(float64(d.Microseconds())/1000, 'f', -1, 64))
+	}
+	if x.relaying || x.relayTime > 0 {
+		add("forward", x.relayTime)
+	}
+	if !x.relaying { // or the peer says the rest
+		add("queue", x.queue)
+		add("load", x.load)
+		add("instantiate", x.instantiate)
+		add("firstbyte", x.firstByte)
+	}
+	h.Add(headerServerTiming, strings.Join(phases, ", "))
 	if x.to.script != "" {
-		h.Add("Content-Security-Policy", pathFormPolicy)
+		if !slices.Contains(h["Content-Security-Policy"], pathFormPolicy) { // a peer did it
+			h.Add("Content-Security-Policy", pathFormPolicy)
+		}
 		delete(h, "Service-Worker-Allowed")
 		delete(h, "Clear-Site-Data")
 	}
@@ -519,6 +641,12 @@ func (x *exchange) fail(p *v1alpha1.Problem) {
 		x.firstByte = time.Since(x.arrived)
 	}
 	x.ownHeader()
+	if x.leavesBody() {
+		leaveBody(x.w, x.rc)
+	}
+	if x.forwarded && x.notHere {
+		x.w.Header().Set(headerNotServed, code(p))
+	}
 	if (p.Status == http.StatusServiceUnavailable || p.Status == http.StatusTooManyRequests) && x.w.Header().Get("Retry-After") == "" {
 		x.w.Header().Set("Retry-After", "1")
 	}
@@ -585,6 +713,12 @@ func (x *exchange) gone() {
 
 func (x *exchange) count(outcome string, status int) {
 	m := x.engine.metrics
+	if x.relaying {
+		m.forwarded.WithLabelValues(outcome).Inc()
+		if outcome == "ok" || outcome == worker.FaultClientGone {
+			return // counted where the function is
+		}
+	}
 	class := "none"
 	if status > 0 {
 		class = strconv.Itoa(status/100) + "xx"

@@ -44,6 +44,7 @@ type logStore struct {
 	dir     string
 	metrics *metrics
 	logger  *slog.Logger
+	mirror  *logMirror // nil: none
 
 	mu   sync.Mutex
 	logs map[string]*functionLog // by path
@@ -88,6 +89,9 @@ func (s *logStore) append(tenant string, line v1alpha1.LogLine) {
 		return
 	}
 	record = append(record, '\n')
+	if s.mirror != nil {
+		s.mirror.write(tenant, line)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.log(tenant, line.Function)
@@ -242,6 +246,9 @@ func (s *logStore) sweep(served func(tenant, function string) bool) {
 }
 
 func (s *logStore) closeAll() {
+	if s.mirror != nil {
+		s.mirror.close()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range s.logs {

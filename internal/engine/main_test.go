@@ -41,6 +41,8 @@ func TestMain(m *testing.M) {
 		os.Exit(worker.Main(context.Background()))
 	case "precompile":
 		os.Exit(precompile.ChildMain(context.Background(), os.Stdin, os.Stdout))
+	case "engine":
+		os.Exit(engineMain())
 	case "hang": // a worker that never answers
 		time.Sleep(time.Hour)
 	case "exit":

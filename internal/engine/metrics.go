@@ -17,6 +17,7 @@ type metrics struct {
 	loadPhases *prometheus.HistogramVec
 	inFlight   prometheus.Gauge
 	retries    prometheus.Counter
+	forwarded  *prometheus.CounterVec
 	logLines   prometheus.Counter
 	logDrops   prometheus.Counter
 }
@@ -56,6 +57,10 @@ func newMetrics() *metrics {
 			Name: "hearth_request_retries_total",
 			Help: "Requests sent to a worker a second time because the first one died.",
 		}),
+		forwarded: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_gateway_forwarded_total",
+			Help: "Requests for functions that another node has, by result: ok (its answer was passed on, whatever it was), broken-off, client-gone, or the code of the problem.",
+		}, []string{"result"}),
 		logLines: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "hearth_log_lines_total",
 			Help: "Lines written to function logs.",
@@ -65,7 +70,7 @@ func newMetrics() *metrics {
 			Help: "Lines that function logs lost, because they came too fast or could not be written.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.loadPhases, m.inFlight, m.retries, m.logLines, m.logDrops)
+	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.loadPhases, m.inFlight, m.retries, m.forwarded, m.logLines, m.logDrops)
 	// The label keeps several processes of a machine apart in one scrape.
 	prometheus.WrapRegistererWith(prometheus.Labels{"process": "engine"}, m.registry).MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -27,6 +27,8 @@ var titles = map[string]string{
 	"invalid-response":         "Function gave an invalid response",
 	"method-not-allowed":       "Method not allowed",
 	"not-found":                "Nothing here",
+	"peer-lost":                "Node that has the function was lost",
+	"peer-unreachable":         "Nodes that have the function are not reached",
 	"request-body-failed":      "Request body ended early",
 	"request-timeout":          "Request body came too slowly",
 	"response-too-large":       "Function's response too large",

@@ -38,6 +38,9 @@ const (
 	silenceLimit      = 2 * time.Second
 	silencePerRequest = 30 * time.Millisecond
 	silenceMost       = 20 * time.Second
+	// ownDelayMost is how late the engine may notice that a worker is silent
+	// and still blame the worker.
+	ownDelayMost = time.Second
 	// startLimit bounds a worker's start, from exec to its first answer.
 	startLimit = 15 * time.Second
 	// loadLimit bounds one load: 50 MiB of Wasm decode in under a second on an
@@ -396,7 +399,8 @@ func (p *process) serve(ctx context.Context, c *incarnation) {
 	for range loaders {
 		group.Go(func() { p.loadAll(ctx, c) })
 	}
-	group.Go(func() { p.watch(ctx, c) })
+	group.Go(func() { p.watchMemory(ctx, c) })
+	group.Go(func() { p.watchSilence(ctx, c) })
 	select {
 	case <-c.dead:
 	case <-ctx.Done():
@@ -431,8 +435,9 @@ func (p *process) bury(c *incarnation) error {
 	return errors.New(c.command.ProcessState.String())
 }
 
-// watch kills a worker that is silent or too big.
-func (p *process) watch(ctx context.Context, c *incarnation) {
+// watchMemory kills a worker that is too big. It waits for nothing else: a
+// worker that takes seconds to answer can grow by gigabytes meanwhile.
+func (p *process) watchMemory(ctx context.Context, c *incarnation) {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {
@@ -441,26 +446,49 @@ func (p *process) watch(ctx context.Context, c *incarnation) {
 		case <-ctx.Done():
 			return
 		}
-		if rss, err := residentBytes(c.pid); err == nil {
-			p.mu.Lock()
-			p.rss = rss
-			p.mu.Unlock()
-			if rss > p.engine.rssLimit {
-				p.engine.logger.Warn("worker uses too much memory", "worker", p.id, "rss", rss, "limit", p.engine.rssLimit)
-				c.kill("memory")
-				return
-			}
+		rss, err := residentBytes(c.pid)
+		if err != nil {
+			continue // it has ended
+		}
+		p.mu.Lock()
+		p.rss = rss
+		p.mu.Unlock()
+		if rss > p.engine.rssLimit {
+			p.engine.logger.Warn("worker uses too much memory", "worker", p.id, "tenant", p.tenant, "rss", rss, "limit", p.engine.rssLimit)
+			c.kill("memory")
+			return
+		}
+	}
+}
+
+// watchSilence kills a worker that does not answer.
+func (p *process) watchSilence(ctx context.Context, c *incarnation) {
+	tick := time.NewTicker(watchInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
 		}
 		limit := min(silenceLimit+time.Duration(c.inFlight.Load())*silencePerRequest, silenceMost)
+		asked := time.Now()
 		askCtx, cancel := context.WithTimeout(ctx, limit)
 		_, err := c.askAlive(askCtx)
 		silent := errors.Is(askCtx.Err(), context.DeadlineExceeded)
 		cancel()
-		if err != nil && silent && ctx.Err() == nil {
-			p.engine.logger.Warn("worker is silent", "worker", p.id, "for", limit)
-			c.kill("silent")
-			return
+		if err == nil || !silent || ctx.Err() != nil {
+			continue
 		}
+		if late := time.Since(asked) - limit; late > ownDelayMost {
+			// It was this process that stood still, frozen or starved, and
+			// the answer may have been there all the time.
+			p.engine.logger.Warn("engine stood still, its worker is asked again", "worker", p.id, "tenant", p.tenant, "for", late)
+			continue
+		}
+		p.engine.logger.Warn("worker is silent", "worker", p.id, "tenant", p.tenant, "for", limit)
+		c.kill("silent")
+		return
 	}
 }
 

@@ -1,8 +1,13 @@
 package engine
 
 import (
+	"cmp"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
 )
 
 // pathPrefix begins the path form of a function's URL.
@@ -31,14 +36,85 @@ type route struct {
 	path, rawPath string
 }
 
-// routeRequest decides by host and path where a request goes. base is lower
-// case without a trailing dot.
-func routeRequest(base, host, path, rawPath string) route {
+// routing is what hosts mean. It is never changed, only replaced.
+type routing struct {
+	// base is lower case without a trailing dot.
+	base string
+	// hosts are the names beside those below base, each with its paths, the
+	// longest first.
+	hosts map[string][]hostPath
+}
+
+// hostPath is a path of a host that leads to a function.
+type hostPath struct {
+	// path has no trailing slash: it is empty for all of the host.
+	path     string
+	function string
+}
+
+// maxRoutePath bounds the path of a route.
+const maxRoutePath = 1024
+
+// add makes a route lead to a function. The first to have a path keeps it.
+func (t *routing) add(r v1alpha1.HostRoute, function string) error {
+	host := canonicalHost(r.Host)
+	label, below := strings.CutSuffix(host, "."+t.base)
+	switch {
+	case host != r.Host || !validHost(host):
+		return fmt.Errorf("the host %q is not a DNS name in lower case", r.Host)
+	case controlHost(t.base, host):
+		return fmt.Errorf("the host %q is this server's own", host)
+	case below && validLabel(label):
+		return fmt.Errorf("the host %q belongs to the function named %q", host, label)
+	case !strings.HasPrefix(r.Path, "/") || len(r.Path) > maxRoutePath:
+		return fmt.Errorf("the path %.100q of host %s does not begin with a slash, or has more than %d bytes", r.Path, host, maxRoutePath)
+	}
+	p := hostPath{strings.TrimRight(r.Path, "/"), function}
+	for _, other := range t.hosts[host] {
+		if other.path == p.path {
+			if other.function == function {
+				return nil
+			}
+			return fmt.Errorf("host %s and path %s lead to function %s already", host, slash(p.path), other.function)
+		}
+	}
+	if t.hosts == nil {
+		t.hosts = make(map[string][]hostPath)
+	}
+	t.hosts[host] = append(t.hosts[host], p)
+	return nil
+}
+
+// sort puts the longest paths first, once all are there.
+func (t *routing) sort() {
+	for _, paths := range t.hosts {
+		slices.SortFunc(paths, func(a, b hostPath) int { return cmp.Compare(len(b.path), len(a.path)) })
+	}
+}
+
+// request decides by host and path where a request goes. A function's own name
+// goes first, then the hosts that functions were given. Those lead to the
+// function only: nothing of this server's own is below them, and nothing is
+// taken off the path.
+func (t *routing) request(host, path, rawPath string) route {
 	host = canonicalHost(host)
-	if label, ok := strings.CutSuffix(host, "."+base); ok {
+	label, below := strings.CutSuffix(host, "."+t.base)
+	if below && validLabel(label) {
 		return route{to: toFunction, function: label, path: slash(path), rawPath: rawPath}
 	}
-	if !controlHost(base, host) {
+	if paths, ok := t.hosts[host]; ok {
+		for _, p := range paths {
+			// On the border of a segment: /api leads to /api and /api/x, not to /apix.
+			if rest, ok := strings.CutPrefix(path, p.path); ok && (rest == "" || rest[0] == '/') {
+				return route{to: toFunction, function: p.function, path: slash(path), rawPath: rawPath}
+			}
+		}
+		return route{to: toNothing}
+	}
+	if below {
+		return route{to: toFunction, function: label, path: slash(path), rawPath: rawPath} // which nobody has
+	}
+	if !controlHost(t.base, host) {
 		return route{}
 	}
 	if rest, ok := strings.CutPrefix(path, pathPrefix); ok {
@@ -94,6 +170,20 @@ func canonicalHost(host string) string {
 	}
 	host, _, _ = strings.Cut(host, ":")
 	return strings.ToLower(strings.TrimSuffix(host, "."))
+}
+
+// validHost says whether s is a DNS name of labels in lower case, at most 253
+// bytes (RFC 1035).
+func validHost(s string) bool {
+	if len(s) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		if !validLabel(label) {
+			return false
+		}
+	}
+	return true
 }
 
 // validLabel says whether s is a DNS label in lower case (RFC 1123).

@@ -28,6 +28,29 @@ func (e *Engine) controlHandler() http.Handler {
 	return mux
 }
 
+// probeHandler serves kubelet and Prometheus. An engine is ready once an agent
+// told it what to serve, even if that is nothing.
+func (e *Engine) probeHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		e.mu.RLock() // held for ever by nobody, or the engine is not alive
+		defer e.mu.RUnlock()
+		_, _ = fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		e.mu.RLock()
+		fed := e.generation > 0
+		e.mu.RUnlock()
+		if !fed {
+			http.Error(w, "not ready: no agent has said what to serve", http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ok")
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(e.metrics.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	return mux
+}
+
 func (e *Engine) putState(w http.ResponseWriter, r *http.Request) {
 	var s control.State
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, control.MaxStateBytes)).Decode(&s); err != nil {

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -123,23 +122,28 @@ type functionRecord struct {
 }
 
 type revisionRecord struct {
-	Number       int                     `json:"number"`
-	ModuleDigest string                  `json:"moduleDigest"`
-	SizeBytes    int64                   `json:"sizeBytes"`
-	MemoryMin    uint32                  `json:"memoryMinPages,omitempty"`
-	Artifact     v1alpha1.Artifact       `json:"artifact"`
-	MemoryMiB    int                     `json:"memoryMiB"`
-	TimeoutMS    int                     `json:"timeoutMs"`
-	Concurrency  int                     `json:"concurrency"`
-	Env          map[string]string       `json:"env,omitempty"`
-	Secrets      map[string]string       `json:"secrets,omitempty"`
-	CreatedAt    time.Time               `json:"createdAt"`
-	Phases       []v1alpha1.Phase        `json:"phases,omitempty"`
-	NodePhases   []v1alpha1.Phase        `json:"nodePhases,omitempty"`
-	State        v1alpha1.FunctionState  `json:"state"`
-	Error        *v1alpha1.FunctionError `json:"error,omitempty"`
-	Retrying     bool                    `json:"retrying,omitempty"`
-	ActivatedAt  time.Time               `json:"activatedAt,omitzero"`
+	Number       int                           `json:"number"`
+	ModuleDigest string                        `json:"moduleDigest"`
+	SizeBytes    int64                         `json:"sizeBytes"`
+	MemoryMin    uint32                        `json:"memoryMinPages,omitempty"`
+	Artifact     v1alpha1.Artifact             `json:"artifact"`
+	MemoryMiB    int                           `json:"memoryMiB"`
+	TimeoutMS    int                           `json:"timeoutMs"`
+	Concurrency  int                           `json:"concurrency"`
+	Env          map[string]string             `json:"env,omitempty"`
+	Secrets      map[string]string             `json:"secrets,omitempty"`
+	Runtime      v1alpha1.FunctionRuntime      `json:"runtime,omitempty"`
+	Host         string                        `json:"host,omitempty"`
+	Routes       []string                      `json:"routes,omitempty"`
+	Placement    *v1alpha1.FunctionPlacement   `json:"placement,omitempty"`
+	Autoscaling  *v1alpha1.FunctionAutoscaling `json:"autoscaling,omitempty"`
+	CreatedAt    time.Time                     `json:"createdAt"`
+	Phases       []v1alpha1.Phase              `json:"phases,omitempty"`
+	NodePhases   []v1alpha1.Phase              `json:"nodePhases,omitempty"`
+	State        v1alpha1.FunctionState        `json:"state"`
+	Error        *v1alpha1.FunctionError       `json:"error,omitempty"`
+	Retrying     bool                          `json:"retrying,omitempty"`
+	ActivatedAt  time.Time                     `json:"activatedAt,omitzero"`
 }
 
 type retiredRecord struct {
@@ -613,7 +617,7 @@ func (s *Bolt) AddRevision(ctx context.Context, name string, c Change, build fun
 			f.Revision.Phases = append(f.Revision.Phases, v1alpha1.Phase{
 				Name: "record", Milliseconds: float64(time.Since(started).Microseconds()) / 1000,
 			})
-			f.ETag = etag(made.rec, f.Revision)
+			f.ETag = NewETag(made.rec.configTag(), *f)
 		}
 		return nil
 	})
@@ -772,7 +776,7 @@ func (s *Bolt) SetProgress(ctx context.Context, r v1alpha1.NodeReport) error {
 		case !slices.Equal(rev.NodePhases, was.NodePhases):
 			ne := *e
 			ne.fn.Revision = rev
-			ne.fn.ETag = etag(rec, rev)
+			ne.fn.ETag = NewETag(rec.configTag(), ne.fn)
 			passing = append(passing, &ne)
 		}
 	}
@@ -1001,84 +1005,18 @@ func newEntry(name string, rec functionRecord, revs []Revision) (*entry, error) 
 	if i < 0 {
 		return nil, fmt.Errorf("%w: function %s has no revision %d", ErrCorrupt, name, rec.Wanted)
 	}
-	return &entry{
-		rec: rec,
-		fn: Function{
-			Name: name, Tenant: rec.Tenant,
-			CreatedAt: rec.CreatedAt, UpdatedAt: rec.UpdatedAt,
-			Wanted: rec.Wanted, Active: rec.Active, LastActive: rec.LastActive,
-			Revision: revs[i],
-			ETag:     etag(rec, revs[i]),
-		},
-		desired: desired(name, rec, revs),
-	}, nil
+	fn := Function{
+		Name: name, Tenant: rec.Tenant,
+		CreatedAt: rec.CreatedAt, UpdatedAt: rec.UpdatedAt,
+		Wanted: rec.Wanted, Active: rec.Active, LastActive: rec.LastActive,
+		Revision: revs[i],
+	}
+	fn.ETag = NewETag(rec.configTag(), fn)
+	return &entry{rec: rec, fn: fn, desired: NewDesired(fn, revs)}, nil
 }
 
-// desired is what a node should do for a function. A wanted revision that
-// failed for good steps back for the one that answered before, so that a node
-// works on getting that one back even if it has lost it; the way out is a new
-// revision or a rollback.
-func desired(name string, rec functionRecord, revs []Revision) v1alpha1.DesiredFunction {
-	d := v1alpha1.DesiredFunction{Name: name, Tenant: rec.Tenant}
-	candidates := make([]v1alpha1.DesiredRevision, 2)
-	var have []v1alpha1.Artifact
-	for i := range revs {
-		r := &revs[i]
-		switch r.Number {
-		case rec.Wanted:
-			candidates[0] = desiredRevision(r)
-			if r.State == v1alpha1.StateFailed && rec.LastActive != 0 && rec.LastActive != rec.Wanted {
-				candidates[0].Revision = 0
-			}
-		case rec.LastActive:
-			candidates[1] = desiredRevision(r)
-		}
-	}
-	for _, c := range candidates {
-		if c.Revision != 0 {
-			d.Candidates = append(d.Candidates, c)
-			have = append(have, c.Artifact)
-		}
-	}
-	for i := len(revs) - 1; i >= 0 && len(d.Keep) < KeepArtifacts; i-- {
-		r := &revs[i]
-		if r.State != v1alpha1.StateFailed && !slices.Contains(have, r.Artifact) {
-			d.Keep = append(d.Keep, r.Artifact)
-			have = append(have, r.Artifact)
-		}
-	}
-	return d
-}
-
-func desiredRevision(r *Revision) v1alpha1.DesiredRevision {
-	return v1alpha1.DesiredRevision{
-		Revision: r.Number, Artifact: r.Artifact,
-		MemoryMiB: r.Settings.MemoryMiB, TimeoutMS: r.Settings.TimeoutMS, Concurrency: r.Settings.Concurrency,
-		Env: r.Settings.Env, Secrets: r.Settings.Secrets,
-	}
-}
-
-// configTag identifies what is wanted; etag adds a hash of what a node says.
-func configTag(rec functionRecord) string { return fmt.Sprintf("%s.%d", rec.UID, rec.Config) }
-
-func etag(rec functionRecord, r Revision) string {
-	h := fnv.New64a()
-	_ = json.NewEncoder(h).Encode([]any{rec.Active, rec.LastActive, r.State, r.Error, r.Retrying, r.Phases, r.NodePhases})
-	return fmt.Sprintf("%q", fmt.Sprintf("%s.%016x", configTag(rec), h.Sum64()))
-}
-
-// configPart is the configTag within an entity tag, empty for a weak or
-// foreign one.
-func configPart(tag string) string {
-	if len(tag) < 2 || tag[0] != '"' || tag[len(tag)-1] != '"' {
-		return ""
-	}
-	tag = tag[1 : len(tag)-1]
-	if i := len(tag) - 17; i > 0 && tag[i] == '.' {
-		return tag[:i]
-	}
-	return ""
-}
+// configTag identifies what is wanted.
+func (rec functionRecord) configTag() string { return fmt.Sprintf("%s.%d", rec.UID, rec.Config) }
 
 func newUID() string {
 	var b [8]byte
@@ -1109,6 +1047,8 @@ func putRevision(tx *bbolt.Tx, name string, r Revision) error {
 		Number: r.Number, ModuleDigest: r.ModuleDigest, SizeBytes: r.SizeBytes, MemoryMin: r.MemoryMinPages, Artifact: r.Artifact,
 		MemoryMiB: r.Settings.MemoryMiB, TimeoutMS: r.Settings.TimeoutMS, Concurrency: r.Settings.Concurrency,
 		Env: r.Settings.Env, Secrets: r.Settings.Secrets,
+		Runtime: r.Settings.Runtime, Host: r.Settings.Host, Routes: r.Settings.Routes,
+		Placement: r.Settings.Placement, Autoscaling: r.Settings.Autoscaling,
 		CreatedAt: r.CreatedAt, Phases: r.Phases, NodePhases: r.NodePhases,
 		State: r.State, Error: r.Error, Retrying: r.Retrying, ActivatedAt: r.ActivatedAt,
 	})
@@ -1129,6 +1069,7 @@ func readRevisions(tx *bbolt.Tx, name string) ([]Revision, error) {
 			Settings: Settings{
 				MemoryMiB: r.MemoryMiB, TimeoutMS: r.TimeoutMS, Concurrency: r.Concurrency,
 				Env: r.Env, Secrets: r.Secrets,
+				Runtime: r.Runtime, Host: r.Host, Routes: r.Routes, Placement: r.Placement, Autoscaling: r.Autoscaling,
 			},
 			CreatedAt: r.CreatedAt, Phases: r.Phases, NodePhases: r.NodePhases,
 			State: r.State, Error: r.Error, Retrying: r.Retrying, ActivatedAt: r.ActivatedAt,

@@ -20,6 +20,18 @@ var (
 	ErrTaken = errors.New("the name is taken by another tenant")
 	// ErrPrecondition: If-Match or If-None-Match did not hold.
 	ErrPrecondition = errors.New("the function is not in the state the request expects")
+	// ErrHostTaken: the additional DNS name, or a path of it, belongs to
+	// another function.
+	ErrHostTaken = errors.New("the host is taken by another function")
+	// ErrTenantNotFound: the tenant has no namespace in the cluster, or it is
+	// being deleted.
+	ErrTenantNotFound = errors.New("the tenant has no namespace")
+	// ErrUnavailable: what holds the durable record does not answer, or did so
+	// too late. The same request can succeed later; whether it did already is
+	// known only when it is made again with the same Idempotency-Key.
+	ErrUnavailable = errors.New("the record of functions is not available")
+	// ErrCRDMissing: the cluster does not know the custom resources.
+	ErrCRDMissing = errors.New("the cluster lacks a custom resource of Hearth")
 	// ErrNoRollbackTarget: no older revision has ever answered requests.
 	ErrNoRollbackTarget = errors.New("no older revision has ever been active")
 

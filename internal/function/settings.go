@@ -58,6 +58,15 @@ type Settings struct {
 	Concurrency int               `json:"concurrency"`
 	Env         map[string]string `json:"env,omitempty"`
 	Secrets     Secrets           `json:"secrets,omitempty"`
+	// Runtime is what runs the function; empty means resident.
+	Runtime v1alpha1.FunctionRuntime `json:"runtime,omitempty"`
+	// Host is an additional DNS name, Routes the paths of it that reach the
+	// function (none: "/").
+	Host   string   `json:"host,omitempty"`
+	Routes []string `json:"routes,omitempty"`
+	// Placement is for resident functions only, Autoscaling for spin only.
+	Placement   *v1alpha1.FunctionPlacement   `json:"placement,omitempty"`
+	Autoscaling *v1alpha1.FunctionAutoscaling `json:"autoscaling,omitempty"`
 }
 
 // DefaultSettings are those of a function submitted without any.
@@ -77,13 +86,20 @@ func (s Settings) Public() v1alpha1.Settings {
 		Concurrency: s.Concurrency,
 		Env:         maps.Clone(s.Env),
 		SecretNames: s.Secrets.Names(),
+		Runtime:     s.Runtime,
+		Host:        s.Host,
+		Routes:      slices.Clone(s.Routes),
+		Placement:   clonePlacement(s.Placement),
+		Autoscaling: clonePointer(s.Autoscaling),
 	}
 }
 
-// Equal says whether a guest could not tell s from t.
+// Equal says whether neither a guest nor who calls it could tell s from t.
 func (s Settings) Equal(t Settings) bool {
 	return s.MemoryMiB == t.MemoryMiB && s.TimeoutMS == t.TimeoutMS && s.Concurrency == t.Concurrency &&
-		maps.Equal(s.Env, t.Env) && maps.Equal(s.Secrets, t.Secrets)
+		maps.Equal(s.Env, t.Env) && maps.Equal(s.Secrets, t.Secrets) &&
+		s.Spin() == t.Spin() && s.Host == t.Host && slices.Equal(s.Routes, t.Routes) &&
+		maps.Equal(s.nodeSelector(), t.nodeSelector()) && s.autoscaling() == t.autoscaling()
 }
 
 // Validate checks every limit and returns a *ValidationError for the first
@@ -129,7 +145,7 @@ func (s Settings) Validate() error {
 			return &ValidationError{Field: "env." + name, Reason: "is also a secret; remove one of the two by setting it to null"}
 		}
 	}
-	return nil
+	return s.validateExposure()
 }
 
 func envNameProblem(name string) string {
@@ -156,6 +172,7 @@ func envNameProblem(name string) string {
 type Patch struct {
 	memoryMiB, timeoutMS, concurrency *int
 	env, secrets                      mapPatch
+	exposure                          exposurePatch
 }
 
 type mapPatch struct {
@@ -190,7 +207,7 @@ func (p Patch) Apply(s Settings) Settings {
 	}
 	s.Env = p.env.apply(s.Env)
 	s.Secrets = p.secrets.apply(s.Secrets)
-	return s
+	return p.exposure.apply(s)
 }
 
 func (p mapPatch) apply(m map[string]string) map[string]string {
@@ -212,8 +229,11 @@ func (p mapPatch) apply(m map[string]string) map[string]string {
 }
 
 // ParsePatch reads a settings document: an object with the members memoryMiB,
-// timeoutMs, concurrency, env and secrets, the latter two objects of name to
-// value. Unknown members, members given twice and values of the wrong type
+// timeoutMs, concurrency, env and secrets (the latter two objects of name to
+// value), runtime, host, routes (a list), placement (an object with the member
+// nodeSelector, an object of label to value) and autoscaling (an object with
+// the members autoscaler, minReplicas, maxReplicas and targetCPUPercent).
+// Unknown members, members given twice and values of the wrong type
 // are a *ValidationError naming them; errors never quote a value. The caller
 // bounds the input's size.
 func ParsePatch(data []byte) (Patch, error) {
@@ -235,9 +255,13 @@ func ParsePatch(data []byte) (Patch, error) {
 		case "secrets":
 			p.secrets, err = patchMap(m)
 		default:
-			err = &ValidationError{
-				Field:  fmt.Sprintf("settings member %.60q", m.name),
-				Reason: "is not known; known are memoryMiB, timeoutMs, concurrency, env and secrets",
+			var known bool
+			if known, err = p.exposure.member(m); !known {
+				err = &ValidationError{
+					Field: fmt.Sprintf("settings member %.60q", m.name),
+					Reason: "is not known; known are memoryMiB, timeoutMs, concurrency, env, secrets, " +
+						"runtime, host, routes, placement and autoscaling",
+				}
 			}
 		}
 		if err != nil {

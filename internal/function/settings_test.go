@@ -79,6 +79,55 @@ func TestSettingsLimits(t *testing.T) {
 		{"both", set(func(s *function.Settings) {
 			s.Env, s.Secrets = map[string]string{"A": "1"}, function.Secrets{"A": "2"}
 		}), "env.A"},
+		{"resident by name", set(func(s *function.Settings) { s.Runtime = v1alpha1.RuntimeResident }), ""},
+		{"another runtime", set(func(s *function.Settings) { s.Runtime = "jvm" }), "runtime"},
+		{"host and routes", set(func(s *function.Settings) { s.Host, s.Routes = "a.example.com", []string{"/", "/api/v1", "/%7Ea"} }), ""},
+		{"a host of one label", set(func(s *function.Settings) { s.Host = "localhost" }), "host"},
+		{"a host in upper case", set(func(s *function.Settings) { s.Host = "A.example.com" }), "host"},
+		{"a host with a port", set(func(s *function.Settings) { s.Host = "a.example.com:80" }), "host"},
+		{"a host too long", set(func(s *function.Settings) { s.Host = strings.Repeat("a.", 126) + "example" }), "host"},
+		{"routes without a host", set(func(s *function.Settings) { s.Routes = []string{"/"} }), "routes"},
+		{"a route without a slash", set(func(s *function.Settings) { s.Host, s.Routes = "a.b", []string{"api"} }), "routes"},
+		{"a route that ends with one", set(func(s *function.Settings) { s.Host, s.Routes = "a.b", []string{"/api/"} }), "routes"},
+		{"a route with a query", set(func(s *function.Settings) { s.Host, s.Routes = "a.b", []string{"/api?x"} }), "routes"},
+		{"a route upwards", set(func(s *function.Settings) { s.Host, s.Routes = "a.b", []string{"/api/../x"} }), "routes"},
+		{"a route twice", set(func(s *function.Settings) { s.Host, s.Routes = "a.b", []string{"/x", "/x"} }), "routes"},
+		{"too many routes", set(func(s *function.Settings) {
+			s.Host = "a.b"
+			for i := range v1alpha1.MaxRoutes + 1 {
+				s.Routes = append(s.Routes, fmt.Sprintf("/%d", i))
+			}
+		}), "routes"},
+		{"placement", set(func(s *function.Settings) {
+			s.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"example.com/pool": "wasm", "kubernetes.io/arch": "arm64", "x": ""}}
+		}), ""},
+		{"placement of spin", set(func(s *function.Settings) {
+			s.Runtime, s.Placement = v1alpha1.RuntimeSpin, &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"a": "b"}}
+		}), "placement"},
+		{"no label", set(func(s *function.Settings) {
+			s.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"a b": "c"}}
+		}), "placement"},
+		{"no label value", set(func(s *function.Settings) {
+			s.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"a": "b c"}}
+		}), "placement"},
+		{"autoscaling", set(func(s *function.Settings) {
+			s.Runtime, s.Autoscaling = v1alpha1.RuntimeSpin, &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerHPA, MinReplicas: 2, MaxReplicas: 2, TargetCPUPercent: 50}
+		}), ""},
+		{"autoscaling of resident", set(func(s *function.Settings) {
+			s.Autoscaling = &v1alpha1.FunctionAutoscaling{MinReplicas: 2}
+		}), "autoscaling"},
+		{"another autoscaler", set(func(s *function.Settings) {
+			s.Runtime, s.Autoscaling = v1alpha1.RuntimeSpin, &v1alpha1.FunctionAutoscaling{Autoscaler: "magic", MaxReplicas: 2}
+		}), "autoscaling.autoscaler"},
+		{"most below least", set(func(s *function.Settings) {
+			s.Runtime, s.Autoscaling = v1alpha1.RuntimeSpin, &v1alpha1.FunctionAutoscaling{MinReplicas: 3, MaxReplicas: 2}
+		}), "autoscaling.maxReplicas"},
+		{"an autoscaler without most", set(func(s *function.Settings) {
+			s.Runtime, s.Autoscaling = v1alpha1.RuntimeSpin, &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerKEDA}
+		}), "autoscaling.maxReplicas"},
+		{"too many replicas", set(func(s *function.Settings) {
+			s.Runtime, s.Autoscaling = v1alpha1.RuntimeSpin, &v1alpha1.FunctionAutoscaling{MinReplicas: v1alpha1.MaxReplicas + 1}
+		}), "autoscaling.minReplicas"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			err := c.s.Validate()
@@ -98,6 +147,8 @@ func TestPatch(t *testing.T) {
 	base.MemoryMiB = 64
 	base.Env = map[string]string{"A": "1", "B": "2"}
 	base.Secrets = function.Secrets{"S": "s"}
+	base.Host, base.Routes = "a.example.com", []string{"/a"}
+	base.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"pool": "wasm"}}
 	for _, c := range []struct {
 		name, patch string
 		want        func(*function.Settings)
@@ -112,6 +163,28 @@ func TestPatch(t *testing.T) {
 			s.Env, s.Secrets = map[string]string{"B": "2"}, function.Secrets{"S": "s", "A": "1"}
 		}, ""},
 		{"last secret goes", `{"secrets":{"S":null}}`, func(s *function.Settings) { s.Secrets = nil }, ""},
+		{"spin", `{"runtime":"spin","placement":null}`, func(s *function.Settings) { s.Runtime, s.Placement = v1alpha1.RuntimeSpin, nil }, ""},
+		{"no runtime is resident", `{"runtime":null}`, func(*function.Settings) {}, ""},
+		{"resident by name is resident", `{"runtime":"resident"}`, func(*function.Settings) {}, ""},
+		{"another host", `{"host":"b.example.com"}`, func(s *function.Settings) { s.Host = "b.example.com" }, ""},
+		{"no host and routes", `{"host":null,"routes":null}`, func(s *function.Settings) { s.Host, s.Routes = "", nil }, ""},
+		{"routes are replaced whole", `{"routes":["/b","/c"]}`, func(s *function.Settings) { s.Routes = []string{"/b", "/c"} }, ""},
+		{"one label more", `{"placement":{"nodeSelector":{"arch":"arm64"}}}`, func(s *function.Settings) {
+			s.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"pool": "wasm", "arch": "arm64"}}
+		}, ""},
+		{"last label goes", `{"placement":{"nodeSelector":{"pool":null}}}`, func(s *function.Settings) { s.Placement = nil }, ""},
+		{"no labels", `{"placement":{"nodeSelector":null}}`, func(s *function.Settings) { s.Placement = nil }, ""},
+		{"autoscaling", `{"autoscaling":{"autoscaler":"hpa","minReplicas":2,"maxReplicas":5,"targetCPUPercent":null}}`, func(s *function.Settings) {
+			s.Autoscaling = &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerHPA, MinReplicas: 2, MaxReplicas: 5}
+		}, ""},
+		{"no autoscaling", `{"autoscaling":null}`, func(*function.Settings) {}, ""},
+		{"number for a runtime", `{"runtime":1}`, nil, "runtime must be a string"},
+		{"routes as text", `{"routes":"/a"}`, nil, "routes must be a list"},
+		{"a null among routes", `{"routes":["/a",null]}`, nil, "routes must be a list"},
+		{"unknown member of placement", `{"placement":{"zone":"a"}}`, nil, `placement member "zone"`},
+		{"placement as text", `{"placement":"a"}`, nil, "placement must be a JSON object"},
+		{"unknown member of autoscaling", `{"autoscaling":{"replicas":1}}`, nil, `autoscaling member "replicas"`},
+		{"text for replicas", `{"autoscaling":{"minReplicas":"1"}}`, nil, "autoscaling.minReplicas must be a whole number"},
 		{"unknown member", `{"memory":1}`, nil, `"memory"`},
 		{"other case", `{"MemoryMiB":1}`, nil, `"MemoryMiB"`},
 		{"member twice", `{"env":{},"env":{}}`, nil, "twice"},
@@ -142,7 +215,7 @@ func TestPatch(t *testing.T) {
 			if got := p.Apply(base); !got.Equal(want) {
 				t.Fatal(cmp.Diff(want.Public(), got.Public()))
 			}
-			if base.Env["A"] != "1" || base.Secrets["S"] != "s" {
+			if len(base.Placement.NodeSelector) != 1 || base.Env["A"] != "1" || base.Secrets["S"] != "s" {
 				t.Fatal("the patch changed its input")
 			}
 		})
@@ -176,7 +249,7 @@ func FuzzName(f *testing.F) {
 }
 
 func FuzzPatch(f *testing.F) {
-	for _, s := range []string{`{}`, `{"env":{"A":null}}`, `{"secrets":null}`, `{"memoryMiB":1e3}`, `{"env":{"A":"1","A":""}}`, `{"a":{"b":[1,{}]}}`, "\x00", `{"env":"` + "`" + `"}`} {
+	for _, s := range []string{`{}`, `{"env":{"A":null}}`, `{"secrets":null}`, `{"memoryMiB":1e3}`, `{"env":{"A":"1","A":""}}`, `{"a":{"b":[1,{}]}}`, `{"runtime":"spin","host":"a.b","routes":["/"],"placement":{"nodeSelector":{"a":null}},"autoscaling":{"minReplicas":null}}`, "\x00", `{"env":"` + "`" + `"}`} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -61,6 +61,9 @@ type Function struct {
 	// Wanted is the revision that should answer requests, Active the one that
 	// does (0: none), LastActive the one that did last (0: none ever).
 	Wanted, Active, LastActive int
+	// Warm says on how many of the nodes that should have the function it
+	// answers without compiling, such as 2/3; empty where there is one node.
+	Warm string
 	// Revision is the wanted revision.
 	Revision Revision
 	// ETag identifies this state as a strong entity tag (RFC 9110, 8.8.3),

@@ -28,6 +28,8 @@ const (
 	// shutdownWait lets answers under way end; none takes longer than
 	// sectionsWait.
 	shutdownWait = time.Second
+	// maxScrapes bounds what collecting metrics can cost at once.
+	maxScrapes = 4
 	// maxHeaderBytes is ample for what our own client sends.
 	maxHeaderBytes = 16 << 10
 )
@@ -38,6 +40,11 @@ type Sections struct {
 	Store     *v1alpha1.StoreStatus
 	Engine    *v1alpha1.EngineStatus
 	Disk      *v1alpha1.DiskStatus
+	// The following are of nodes of a cluster only.
+	Runtimes     []v1alpha1.RuntimeStatus
+	Images       *v1alpha1.ImagesStatus
+	Instance     *v1alpha1.InstanceStatus
+	Interruption *v1alpha1.InterruptionStatus
 }
 
 // ServerOptions configure a Server.
@@ -51,7 +58,10 @@ type ServerOptions struct {
 	Sections func(context.Context) Sections
 	// Gatherer feeds /metrics; nil means no such path.
 	Gatherer prometheus.Gatherer
-	Logger   *slog.Logger
+	// Routes adds to the control socket's routes; nil for none. They are not
+	// served to the network.
+	Routes func(*http.ServeMux)
+	Logger *slog.Logger
 }
 
 // Server answers on the agent's control socket:
@@ -79,20 +89,39 @@ func (s *Server) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, s.Status(r.Context()))
 	})
+	if s.o.Routes != nil {
+		s.o.Routes(mux)
+	}
+	s.probes(mux)
+	return mux
+}
+
+func (s *Server) probes(mux *http.ServeMux) {
 	probes := Handler(s.o.Registry)
 	mux.Handle("GET /livez", probes)
 	mux.Handle("GET /readyz", probes)
 	if s.o.Gatherer != nil {
-		mux.Handle("GET /metrics", promhttp.HandlerFor(s.o.Gatherer, promhttp.HandlerOpts{}))
+		mux.Handle("GET /metrics", promhttp.HandlerFor(s.o.Gatherer, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes}))
 	}
-	return mux
+}
+
+// ServeProbes answers /livez, /readyz and /metrics, and nothing else, on a
+// listener of the network, as Serve does on the control socket.
+func (s *Server) ServeProbes(ctx context.Context, ln net.Listener) error {
+	mux := http.NewServeMux()
+	s.probes(mux)
+	return s.serve(ctx, ln, mux)
 }
 
 // Serve answers on ln until ctx ends, then lets answers under way finish for
 // up to a second. It closes ln and returns nil when ctx ended it.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
+	return s.serve(ctx, ln, s.Handler())
+}
+
+func (s *Server) serve(ctx context.Context, ln net.Listener, handler http.Handler) error {
 	server := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           handler,
 		ReadHeaderTimeout: readHeaderWait,
 		IdleTimeout:       idleWait,
 		MaxHeaderBytes:    maxHeaderBytes,
@@ -102,7 +131,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	go func() { done <- server.Serve(ln) }()
 	select {
 	case err := <-done:
-		return fmt.Errorf("serve the control socket: %w", err)
+		return fmt.Errorf("serve status and probes: %w", err)
 	case <-ctx.Done():
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownWait)
@@ -111,7 +140,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		_ = server.Close()
 	}
 	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve the control socket: %w", err)
+		return fmt.Errorf("serve status and probes: %w", err)
 	}
 	return nil
 }
@@ -140,6 +169,8 @@ func (s *Server) Status(ctx context.Context) v1alpha1.NodeStatus {
 		Store:      sections.Store,
 		Engine:     sections.Engine,
 		Disk:       sections.Disk,
+		Runtimes:   sections.Runtimes, Images: sections.Images,
+		Instance: sections.Instance, Interruption: sections.Interruption,
 		LastErrors: snapshot.LastErrors,
 	}
 }

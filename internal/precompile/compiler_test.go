@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -231,12 +232,15 @@ func compileBomb(functions, instructions int) []byte {
 }
 
 // longCompile takes far longer than any test waits for it.
-func longCompile() []byte {
-	if slow() {
+func longCompile() []byte { return longModule() }
+
+// longModule is made once: under the race detector that alone takes seconds.
+var longModule = sync.OnceValue(func() []byte {
+	if slow() || raceDetector {
 		return compileBomb(100, 5_000)
 	}
 	return compileBomb(300, 20_000)
-}
+})
 
 func TestCompileBombIsKilledAndLeavesNothing(t *testing.T) {
 	dir := t.TempDir()

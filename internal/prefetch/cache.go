@@ -38,7 +38,7 @@ func parseDesired(raw []byte) (d v1alpha1.Desired, dropped int, err error) {
 	seen := make(map[string]bool, len(d.Functions))
 	kept := d.Functions[:0]
 	for _, f := range d.Functions {
-		if f.Name == "" || seen[f.Name] || len(f.Candidates) == 0 {
+		if f.Name == "" || seen[f.Name] {
 			dropped++
 			continue
 		}

@@ -43,8 +43,12 @@ func (l *Loop) pass(ctx context.Context) time.Duration {
 		}
 		if e, ok := l.choose(f, now); ok {
 			entries = append(entries, e)
-		} else if len(f.Candidates) > 0 {
-			pending = append(pending, control.Pending{Name: f.Name, Tenant: f.Tenant})
+		} else {
+			p := control.Pending{Name: f.Name, Tenant: f.Tenant, TimeoutMS: f.TimeoutMS, Reach: reach(f)}
+			if len(f.Candidates) > 0 {
+				p.TimeoutMS = f.Candidates[0].TimeoutMS
+			}
+			pending = append(pending, p)
 		}
 	}
 	if t := l.startJobs(ctx, needed); !t.IsZero() && (next.IsZero() || t.Before(next)) {
@@ -74,7 +78,7 @@ func (l *Loop) choose(f v1alpha1.DesiredFunction, now time.Time) (pushedEntry, b
 			Name: f.Name, Tenant: f.Tenant, Revision: c.Revision,
 			ObjectDir: img.ref.Dir, Object: img.ref.ID,
 			MemoryMiB: c.MemoryMiB, TimeoutMS: c.TimeoutMS, Concurrency: c.Concurrency,
-			Env: c.Env, Secrets: c.Secrets,
+			Env: c.Env, Secrets: c.Secrets, Reach: reach(f),
 		}}
 		if !l.refused(f.Name, c, img, now) {
 			return e, true
@@ -89,11 +93,22 @@ func (l *Loop) choose(f v1alpha1.DesiredFunction, now time.Time) (pushedEntry, b
 	if p, ok := l.pushed[f.Name]; ok && p.fn.Tenant == f.Tenant {
 		for _, c := range f.Candidates {
 			if img := l.images[c.Artifact.Digest]; c.Revision == p.fn.Revision && img != nil && img.ref.ID == p.fn.Object {
+				p.fn.Reach = reach(f)
 				return p, true
 			}
 		}
 	}
 	return pushedEntry{}, false
+}
+
+// reach is what the engine is told of a function beside how to run it.
+func reach(f v1alpha1.DesiredFunction) control.Reach {
+	return control.Reach{Routes: f.Routes, Peers: f.Peers}
+}
+
+// sameReach says whether two are equal; nil and empty are.
+func sameReach(a, b control.Reach) bool {
+	return slices.Equal(a.Routes, b.Routes) && slices.Equal(a.Peers, b.Peers)
 }
 
 // refused says whether the engine refused this revision's object lately.
@@ -213,11 +228,21 @@ func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
 		// old status is never taken for an answer to a new state.
 		gen = uint64(max(l.now().UnixMilli(), 1))
 	}
-	changed := !l.wantSet || len(entries) != len(l.pushed) || !slices.Equal(pending, l.want.Pending)
+	changed := !l.wantSet || len(entries) != len(l.pushed) || !slices.EqualFunc(pending, l.want.Pending, func(a, b control.Pending) bool {
+		return a.Name == b.Name && a.Tenant == b.Tenant
+	})
+	// How functions are reached changes often, with every node that becomes warm,
+	// and changes nothing of what runs: it makes no new generation, in which the
+	// engine would load again what failed, and what it says would not count.
+	touched := l.desired.BaseDomain != l.want.BaseDomain || changed || !slices.EqualFunc(pending, l.want.Pending, func(a, b control.Pending) bool {
+		return a.TimeoutMS == b.TimeoutMS && sameReach(a.Reach, b.Reach)
+	})
 	fns := make([]control.Function, 0, len(entries))
 	pushed := make(map[string]pushedEntry, len(entries))
 	for _, e := range entries {
-		if p, ok := l.pushed[e.fn.Name]; ok && p.made == e.made && reflect.DeepEqual(p.fn, e.fn) {
+		p, ok := l.pushed[e.fn.Name]
+		touched = touched || !ok || !sameReach(p.fn.Reach, e.fn.Reach)
+		if p.fn.Reach = e.fn.Reach; ok && p.made == e.made && reflect.DeepEqual(p.fn, e.fn) {
 			e.gen = p.gen
 		} else {
 			e.gen, changed = gen, true
@@ -225,11 +250,15 @@ func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
 		pushed[e.fn.Name] = e
 		fns = append(fns, e.fn)
 	}
-	if !changed {
+	if !changed && !touched {
 		return
 	}
+	if !changed {
+		gen = l.want.Generation
+	}
 	l.pushed = pushed
-	l.want, l.wantSet, l.needPush = control.State{Generation: gen, Functions: fns, Pending: pending}, true, true
+	l.want = control.State{Generation: gen, Functions: fns, Pending: pending, BaseDomain: l.desired.BaseDomain}
+	l.wantSet, l.needPush = true, true
 	signal(l.pushKick)
 }
 

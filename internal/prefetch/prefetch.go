@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -95,6 +96,9 @@ const (
 	// engineGrace is how long the last known state of the engine is believed
 	// while it does not answer: a restart is shorter.
 	engineGrace = 5 * time.Second
+	// meetGrace is how long a peer may take to answer for the first time before
+	// that is worth a warning: on most nodes all parts start at once.
+	meetGrace = 5 * time.Second
 	// errorsKept is how many recent errors Status shows.
 	errorsKept = 10
 )
@@ -109,7 +113,15 @@ var (
 	// peerBackoff paces calls to the API and the engine, both on this
 	// machine or near it and usually back within a second.
 	peerBackoff = backoff{100 * time.Millisecond, 5 * time.Second}
+	// fleetBackoff paces calls to an API that many nodes share: after it was
+	// away, a thousand of them come back over some seconds.
+	fleetBackoff = backoff{500 * time.Millisecond, 15 * time.Second}
 )
+
+// fleetReportEvery is how often an unchanged report goes to an API that many
+// nodes share, give or take a quarter: it repairs what was lost there, and is
+// no write where nothing was.
+const fleetReportEvery = 2 * time.Minute
 
 // delay is the pause after the n-th failure in a row, n from 1.
 func (b backoff) delay(n int) time.Duration {
@@ -141,6 +153,10 @@ type Options struct {
 	// Jitter delays each pull by a random time below it, so that a fleet
 	// does not ask the registry in the same instant (default: none).
 	Jitter time.Duration
+	// Fleet says that Source and Reporter are shared with many nodes: retries
+	// are spread wider, reports come less densely, and again now and then
+	// although nothing changed.
+	Fleet bool
 	// Logger gets a line per step of an artifact and per change of a peer's
 	// reachability (default: none).
 	Logger *slog.Logger
@@ -196,8 +212,11 @@ type peer struct {
 	ok    bool
 	since time.Time
 	err   string
-	// asked is false until the first answer or failure.
-	asked bool
+	// asked is false until the first answer or failure, met until the first
+	// answer.
+	asked, met bool
+	// told says that the log holds the present failure.
+	told bool
 }
 
 // pushedEntry is what the engine was last told of a function.
@@ -350,7 +369,7 @@ func (l *Loop) pollSource(ctx context.Context) {
 			// The next answer is wanted at once and whole: the API may have
 			// been replaced, its generations may have begun anew.
 			after = 0
-			if !wait(ctx, peerBackoff.delay(failures)) {
+			if !wait(ctx, l.apiBackoff().delay(failures)) {
 				return
 			}
 			continue
@@ -474,11 +493,20 @@ func (l *Loop) pushStates(ctx context.Context) {
 
 // sendReports sends the newest report, until the API took it.
 func (l *Loop) sendReports(ctx context.Context) {
+	again := time.NewTimer(math.MaxInt64) // never, unless the API is a fleet's
+	defer again.Stop()
 	for {
+		if l.o.Fleet {
+			again.Reset(fleetReportEvery*3/4 + rand.N(fleetReportEvery/2))
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-l.reportKick:
+		case <-again.C:
+			l.mu.Lock()
+			l.acked = false
+			l.mu.Unlock()
 		}
 		for failures := 0; ; {
 			l.mu.Lock()
@@ -488,6 +516,7 @@ func (l *Loop) sendReports(ctx context.Context) {
 			if !need {
 				break
 			}
+			start := l.now()
 			call, cancel := context.WithTimeout(ctx, reportTimeout)
 			err := l.o.Reporter.Report(call, r)
 			cancel()
@@ -496,6 +525,11 @@ func (l *Loop) sendReports(ctx context.Context) {
 			}
 			if err == nil {
 				failures = 0
+				// Steps that come quickly are taken together: reports take a
+				// third of the time at most, however large they are.
+				if l.o.Fleet && !wait(ctx, 2*l.now().Sub(start)) {
+					return
+				}
 				continue // it may have changed meanwhile
 			}
 			l.note("report", err.Error())
@@ -503,11 +537,18 @@ func (l *Loop) sendReports(ctx context.Context) {
 			l.acked = false
 			l.mu.Unlock()
 			failures++
-			if !wait(ctx, peerBackoff.delay(failures)) {
+			if !wait(ctx, l.apiBackoff().delay(failures)) {
 				return
 			}
 		}
 	}
+}
+
+func (l *Loop) apiBackoff() backoff {
+	if l.o.Fleet {
+		return fleetBackoff
+	}
+	return peerBackoff
 }
 
 // resend makes the last report go out again, to an API that was away.
@@ -532,13 +573,22 @@ func (l *Loop) setPeer(p *peer, name string, err error) (back bool) {
 	} else {
 		p.err = ""
 	}
+	starting := !p.met && l.now().Sub(p.since) < meetGrace
+	p.met = p.met || err == nil
+	tell := err != nil && !starting && !p.told
+	told := p.told || tell
+	p.told = told && err != nil
 	l.mu.Unlock()
 	switch {
-	case err != nil && (was || !asked):
+	case tell:
 		l.log.Warn("peer does not answer, trying on", "peer", name, "err", err)
 		l.note(name, err.Error())
+	case err != nil && !asked:
+		l.log.Debug("peer does not answer yet", "peer", name, "err", err)
 	case err == nil && !was && asked:
-		l.log.Info("peer answers again", "peer", name)
+		if told {
+			l.log.Info("peer answers again", "peer", name)
+		}
 		return true
 	}
 	return false

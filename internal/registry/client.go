@@ -13,10 +13,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,6 +54,9 @@ const (
 	mismatchAttempts = 2
 	// firstBackoff doubles with each attempt, and half of it is jitter.
 	firstBackoff = 200 * time.Millisecond
+	// maxRetryAfter is the longest pause that a registry's Retry-After is
+	// granted within one call: a person waits behind it.
+	maxRetryAfter = 10 * time.Second
 )
 
 // ClientOptions configure a Client.
@@ -67,8 +73,20 @@ type ClientOptions struct {
 	// Keychain has the credentials for registries other than Registry;
 	// default: the Docker configuration of the process's user.
 	Keychain authn.Keychain
-	// RegistryKeychain has those for Registry; default: anonymous.
+	// RegistryKeychain has those for Registry; default: anonymous. It, and the
+	// authenticators it gives, are asked anew for each attempt. An error of
+	// theirs with a method Temporary() bool that says true is retryable, any
+	// other is ErrUnauthorized.
 	RegistryKeychain authn.Keychain
+	// Rejected, when set, is told the credentials that a registry has just
+	// refused with 401 or 403. When it says that the keychain has others now, a
+	// token having expired early or been revoked, the attempt is repeated with
+	// those, once per call.
+	Rejected func(registry string, used authn.AuthConfig) (retry bool)
+	// Backoff is the pause before attempt n+1 (n is 1, 2, …). Default: 200 ms
+	// that double with each attempt, half of it random. A Retry-After of the
+	// registry, up to 10 s, is waited for when it is longer.
+	Backoff func(n int) time.Duration
 	// Transport replaces the default HTTP transport for other registries.
 	Transport http.RoundTripper
 	// StallTimeout is the longest a transfer may go without a byte
@@ -95,7 +113,10 @@ type Client struct {
 
 // NewClient checks the options; it opens no connection.
 func NewClient(opts ClientOptions) (*Client, error) {
-	c := &Client{opts: opts, log: opts.Logger, backoff: jittered}
+	c := &Client{opts: opts, log: opts.Logger, backoff: opts.Backoff}
+	if c.backoff == nil {
+		c.backoff = jittered
+	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -119,7 +140,7 @@ func NewClient(opts ClientOptions) (*Client, error) {
 	}
 	homeBase := newTransport(opts.Dial, true)
 	c.close = append(c.close, homeBase.CloseIdleConnections)
-	c.homeRT = &guard{next: homeBase, stall: c.opts.StallTimeout, plainOnly: plain}
+	c.homeRT = &guard{next: homeBase, stall: c.opts.StallTimeout, plainOnly: plain, home: c.home.RegistryStr()}
 	other := opts.Transport
 	if other == nil {
 		t := newTransport(nil, false)
@@ -135,6 +156,19 @@ func (c *Client) Close() {
 	for _, f := range c.close {
 		f()
 	}
+}
+
+// Registry is the host, or host:port, that the client publishes to.
+func (c *Client) Registry() string { return c.home.RegistryStr() }
+
+// Locate says which repository, on which registry, a reference names, as
+// Resolve would look for it. It asks nobody.
+func (c *Client) Locate(ref string) (registry, repository string, err error) {
+	r, err := c.parseReference(ref)
+	if err != nil {
+		return "", "", fmt.Errorf("locate: %w", err)
+	}
+	return r.Context().RegistryStr(), r.Context().RepositoryStr(), nil
 }
 
 // newTransport makes an HTTP transport. The configured registry may be
@@ -312,13 +346,31 @@ func (c *Client) Fetch(ctx context.Context, ref, dst string, opts PullOptions) (
 type PublishOptions struct {
 	// Spin names the application.
 	Spin SpinOptions
+	// DigestTag pushes the artifact under the tag that the function DigestTag
+	// gives, in one step. It is then never in the repository without a tag,
+	// which most registries' clean-up policies take for garbage.
+	DigestTag bool
 	// Tags are set to the artifact after it is there, in order.
 	Tags []string
 }
 
+// DigestTag is the tag under which an artifact of that digest is kept:
+// "sha256.<hex>". It has the whole digest, so that two artifacts never want the
+// same tag and immutable tags are no obstacle, and a dot, because
+// "sha256-<hex>" is where the OCI distribution specification has the list of
+// an artifact's referrers in registries that lack the API for it.
+func DigestTag(digest string) string { return strings.Replace(digest, ":", ".", 1) }
+
 // Publish builds the module's Spin artifact and pushes it into repository of
 // the client's registry. When it returns, the registry has acknowledged every
-// part. Publishing the same bytes again is cheap and gives the same artifact.
+// part under its digest. Publishing the same bytes again asks for the manifest
+// and uploads nothing, and gives the same artifact; publishing after a failure
+// uploads what is missing.
+//
+// Errors: ErrNotFound (no such repository, in registries that do not make one
+// on the first push), ErrUnauthorized, ErrRefused, ErrDigestMismatch,
+// ErrNotWasm, ErrTooLarge, ErrInvalidReference, and the retryable
+// ErrUnavailable.
 func (c *Client) Publish(ctx context.Context, repository string, m Module, opts PublishOptions) (v1alpha1.Artifact, error) {
 	a := v1alpha1.Artifact{Repository: repository}
 	repo, err := c.repository(a)
@@ -338,22 +390,38 @@ func (c *Client) Publish(ctx context.Context, repository string, m Module, opts 
 		}
 		tags = append(tags, tag)
 	}
+	target := name.Reference(repo.Digest(a.Digest))
+	if opts.DigestTag {
+		if target, err = name.NewTag(repo.Name()+":"+DigestTag(a.Digest), c.nameOptions(true)...); err != nil {
+			return a, fmt.Errorf("publish: %w: %w", ErrInvalidReference, err)
+		}
+	}
 	err = c.retry(ctx, publishTimeout, "publish", func(ctx context.Context) error {
+		auth, err := c.homeAuth(ctx, repo)
+		if err != nil {
+			return err
+		}
+		seen := &witness{next: c.homeRT, manifest: a.Digest}
 		ro := []remote.Option{
 			remote.WithContext(ctx),
-			remote.WithTransport(c.homeRT),
-			remote.WithAuth(c.homeAuth(ctx)),
+			remote.WithTransport(seen),
+			remote.WithAuth(auth),
 			// Retries are this client's own: one policy, one count.
 			remote.WithRetryBackoff(remote.Backoff{Steps: 1}),
 			remote.WithRetryStatusCodes(),
 			remote.WithRetryPredicate(func(error) bool { return false }),
 		}
-		if err := remote.Write(repo.Digest(a.Digest), img, ro...); err != nil {
-			return err
+		if err := remote.Write(target, img, ro...); err != nil && !c.tagged(err, target, img, ro) {
+			return pushError(err)
+		}
+		if !seen.acknowledged.Load() {
+			if err := c.confirm(ctx, repo, a.Digest); err != nil {
+				return err
+			}
 		}
 		for _, t := range tags {
-			if err := remote.Tag(t, img, ro...); err != nil {
-				return fmt.Errorf("tag %s: %w", t.TagStr(), err)
+			if err := remote.Tag(t, img, ro...); err != nil && !c.tagged(err, t, img, ro) {
+				return fmt.Errorf("tag %s: %w", t.TagStr(), pushError(err))
 			}
 		}
 		return nil
@@ -364,14 +432,181 @@ func (c *Client) Publish(ctx context.Context, repository string, m Module, opts 
 	return a, nil
 }
 
+// tagged says whether a push that was refused for its tag need not have been
+// made: somebody else has put the same artifact there first, and the
+// repository does not let tags be set twice.
+func (c *Client) tagged(err error, ref name.Reference, img *SpinImage, options []remote.Option) bool {
+	var te *transport.Error
+	if _, ok := ref.(name.Tag); !ok || !errors.As(err, &te) ||
+		(te.StatusCode != http.StatusBadRequest && te.StatusCode != http.StatusConflict) {
+		return false
+	}
+	there, err := remote.Head(ref, options...)
+	return err == nil && there.Digest == img.hash
+}
+
+// pushError classifies an error of the client library's push. What is left
+// without a class is an answer that makes no sense, from the registry or from
+// something on the way to it: that may pass.
+func pushError(err error) error {
+	err = classify(err)
+	var (
+		te *transport.Error
+		pe *os.PathError
+	)
+	switch {
+	case Code(err) != "internal", errors.As(err, &pe):
+		return err
+	case errors.As(err, &te) && te.StatusCode >= http.StatusBadRequest:
+		return fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	return fmt.Errorf("%w: its answer does not follow the protocol: %w", ErrUnavailable, err)
+}
+
+// confirm reads a manifest back whose digest the registry has not said. Most
+// do; what answers every request with "200 OK" does not, and is no registry.
+func (c *Client) confirm(ctx context.Context, repo name.Repository, digest string) error {
+	rt, err := c.session(ctx, repo)
+	if err != nil {
+		return err
+	}
+	raw, err := getManifest(ctx, &http.Client{Transport: rt}, repo, digest)
+	switch err = pushError(err); {
+	case errors.Is(err, ErrNotFound):
+		return fmt.Errorf("%w: it has acknowledged the artifact and does not have it: %w", ErrUnavailable, err)
+	case err != nil:
+		return err
+	case hashOf(raw).String() != digest:
+		return fmt.Errorf("%w: the manifest reads back as %s", ErrDigestMismatch, hashOf(raw))
+	}
+	return nil
+}
+
+// witness stands below a push and holds the registry to the digests that it
+// says it has stored, where it says so: the client library does not look.
+type witness struct {
+	next     http.RoundTripper
+	manifest string
+	// acknowledged: the registry has named the manifest's digest.
+	acknowledged atomic.Bool
+}
+
+func (w *witness) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := w.next.RoundTrip(req)
+	if err != nil || resp.StatusCode/100 != 2 {
+		return resp, err
+	}
+	said, want := resp.Header.Get("Docker-Content-Digest"), ""
+	kind, last := path.Split(req.URL.Path)
+	if said == w.manifest && strings.HasSuffix(kind, "/manifests/") {
+		w.acknowledged.Store(true)
+	}
+	switch {
+	case req.Method == http.MethodPut && strings.HasSuffix(kind, "/manifests/"):
+		want = w.manifest
+	case req.Method == http.MethodPut:
+		want = req.URL.Query().Get("digest")
+	case req.Method == http.MethodHead && strings.Contains(last, ":"):
+		want = last
+	}
+	if said == "" || want == "" || said == want {
+		return resp, nil
+	}
+	_ = resp.Body.Close()
+	return nil, fmt.Errorf("%w: it has stored %.100q in place of %s", ErrDigestMismatch, said, want)
+}
+
+// call is what one call learns below the client library, in the transport and
+// from the keychain; the context carries it there.
+type call struct {
+	mu sync.Mutex
+	// after is the Retry-After of the attempt's last refusal, 0 without one.
+	after time.Duration
+	// registry and used are who was shown which credentials in this attempt.
+	registry string
+	used     *authn.AuthConfig
+}
+
+type callKey struct{}
+
+func (c *call) reset() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.after, c.registry, c.used = 0, "", nil
+}
+
+// noteAnswer remembers how long the registry wants to be left alone.
+func (c *call) noteAnswer(resp *http.Response) {
+	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
+		return
+	}
+	value := resp.Header.Get("Retry-After")
+	after := time.Duration(0)
+	if seconds, err := strconv.Atoi(value); err == nil {
+		after = time.Duration(min(max(seconds, 0), int(maxRetryAfter/time.Second))) * time.Second
+	} else if at, err := http.ParseTime(value); err == nil {
+		after = min(max(time.Until(at), 0), maxRetryAfter)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.after = after
+}
+
+func (c *call) learned() (after time.Duration, registry string, used *authn.AuthConfig) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.after, c.registry, c.used
+}
+
+// credentials are an authenticator whose errors have a class and whose use is
+// remembered.
+type credentials struct {
+	inner    authn.Authenticator
+	registry string
+	call     *call
+}
+
+var _ authn.ContextAuthenticator = credentials{}
+
+func (a credentials) Authorization() (*authn.AuthConfig, error) {
+	return a.AuthorizationContext(context.Background()) // bounded by what is inside
+}
+
+func (a credentials) AuthorizationContext(ctx context.Context) (*authn.AuthConfig, error) {
+	config, err := authn.Authorization(ctx, a.inner)
+	if err != nil {
+		return nil, credentialsError(a.registry, err)
+	}
+	if a.call != nil {
+		a.call.mu.Lock()
+		a.call.registry, a.call.used = a.registry, config
+		a.call.mu.Unlock()
+	}
+	return config, nil
+}
+
+func credentialsError(registry string, err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	var passing interface{ Temporary() bool }
+	if errors.As(err, &passing) && passing.Temporary() {
+		return fmt.Errorf("%w: no credentials for %s now: %w", ErrUnavailable, registry, err)
+	}
+	return fmt.Errorf("%w: no credentials for %s: %w", ErrUnauthorized, registry, err)
+}
+
 // retry runs f until it succeeds, fails for good, or has used its attempts
 // or time. The error is always classified; running out of the client's own
 // time counts as the registry being unavailable.
 func (c *Client) retry(ctx context.Context, limit time.Duration, what string, f func(context.Context) error) error {
 	own, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	mismatches := 0
+	mismatches, renewed := 0, false
+	learned := &call{}
+	own = context.WithValue(own, callKey{}, learned)
 	for n := 1; ; n++ {
+		learned.reset()
 		err := classify(f(own))
 		if err == nil {
 			return nil
@@ -379,8 +614,20 @@ func (c *Client) retry(ctx context.Context, limit time.Duration, what string, f 
 		if cause := ctx.Err(); cause != nil {
 			return fmt.Errorf("%w: %w", cause, err)
 		}
+		if own.Err() == nil && errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, ErrUnavailable) {
+			// A connection's own deadline, which package net gives the same
+			// identity as a context's.
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
 		if own.Err() != nil && !errors.Is(err, ErrUnavailable) {
 			return fmt.Errorf("%w: not done after %s: %w", ErrUnavailable, limit, err)
+		}
+		after, registry, used := learned.learned()
+		if errors.Is(err, ErrUnauthorized) && used != nil && c.opts.Rejected != nil && !renewed && own.Err() == nil {
+			if renewed = true; c.opts.Rejected(registry, *used) {
+				c.log.DebugContext(ctx, "registry refused its credentials, trying again with others", "call", what, "err", err)
+				continue
+			}
 		}
 		mismatch := errors.Is(err, ErrDigestMismatch)
 		if mismatch {
@@ -391,7 +638,7 @@ func (c *Client) retry(ctx context.Context, limit time.Duration, what string, f 
 			return err
 		}
 		c.log.DebugContext(ctx, "registry call failed, trying again", "call", what, "attempt", n, "err", err)
-		if sleep(own, c.backoff(n)) != nil {
+		if sleep(own, max(c.backoff(n), after)) != nil {
 			return err
 		}
 	}
@@ -411,9 +658,15 @@ var repositoryName = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-
 // maxRepositoryName is the longest name registries are required to take.
 const maxRepositoryName = 255
 
+// ValidRepository says whether s can name a repository, by the grammar of the
+// OCI distribution specification and with at most 255 characters.
+func ValidRepository(s string) bool {
+	return len(s) <= maxRepositoryName && repositoryName.MatchString(s)
+}
+
 // repository validates an artifact's registry and repository.
 func (c *Client) repository(a v1alpha1.Artifact) (name.Repository, error) {
-	if len(a.Repository) > maxRepositoryName || !repositoryName.MatchString(a.Repository) {
+	if !ValidRepository(a.Repository) {
 		return name.Repository{}, fmt.Errorf("%w: repository %.200q", ErrInvalidReference, a.Repository)
 	}
 	host, home := a.Registry, false
@@ -453,36 +706,49 @@ func (c *Client) parseReference(ref string) (name.Reference, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %.200q: %w", ErrInvalidReference, ref, err)
 	}
-	if repo := r.Context().RepositoryStr(); len(repo) > maxRepositoryName || !repositoryName.MatchString(repo) {
+	if repo := r.Context().RepositoryStr(); !ValidRepository(repo) {
 		return nil, fmt.Errorf("%w: repository %.200q", ErrInvalidReference, repo)
 	}
 	return r, nil
 }
 
-func (c *Client) homeAuth(ctx context.Context) authn.Authenticator {
+// homeAuth has the credentials for a repository of the client's registry.
+func (c *Client) homeAuth(ctx context.Context, repo name.Repository) (authn.Authenticator, error) {
 	if c.opts.RegistryKeychain == nil {
-		return authn.Anonymous
+		return authn.Anonymous, nil
 	}
-	a, err := authn.Resolve(ctx, c.opts.RegistryKeychain, c.home)
+	return authenticate(ctx, c.opts.RegistryKeychain, repo)
+}
+
+func authenticate(ctx context.Context, keychain authn.Keychain, repo name.Repository) (authn.Authenticator, error) {
+	a, err := authn.Resolve(ctx, keychain, repo)
 	if err != nil {
-		c.log.WarnContext(ctx, "no credentials for the registry, continuing without", "registry", c.home.RegistryStr(), "err", err)
-		return authn.Anonymous
+		return nil, credentialsError(repo.RegistryStr(), err)
 	}
-	return a
+	if a == authn.Anonymous {
+		return a, nil
+	}
+	current, _ := ctx.Value(callKey{}).(*call)
+	return credentials{inner: a, registry: repo.RegistryStr(), call: current}, nil
 }
 
 // session authenticates for pulls from one repository. It is made anew for
 // each attempt: tokens expire, and a registry that was away may come back
 // with another scheme of authentication.
 func (c *Client) session(ctx context.Context, repo name.Repository) (http.RoundTripper, error) {
-	rt := c.otherRT
-	var auth authn.Authenticator
+	var (
+		rt   = c.otherRT
+		auth authn.Authenticator
+		err  error
+	)
 	if repo.RegistryStr() == c.home.RegistryStr() {
-		rt, auth = c.homeRT, c.homeAuth(ctx)
-	} else if a, err := authn.Resolve(ctx, c.opts.Keychain, repo); err == nil {
-		auth = a
+		rt = c.homeRT
+		auth, err = c.homeAuth(ctx, repo)
 	} else {
-		return nil, fmt.Errorf("%w: find credentials for %s: %w", ErrUnauthorized, repo.RegistryStr(), err)
+		auth, err = authenticate(ctx, c.opts.Keychain, repo)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return transport.NewWithContext(ctx, repo.Registry, auth, rt, []string{repo.Scope(transport.PullScope)})
 }
@@ -506,8 +772,8 @@ func getManifest(ctx context.Context, hc *http.Client, repo name.Repository, id 
 	return raw, nil
 }
 
-func get(ctx context.Context, hc *http.Client, repo name.Repository, path, accept string) (*http.Response, error) {
-	u := fmt.Sprintf("%s://%s/v2/%s/%s", repo.Scheme(), repo.RegistryStr(), repo.RepositoryStr(), path)
+func get(ctx context.Context, hc *http.Client, repo name.Repository, document, accept string) (*http.Response, error) {
+	u := fmt.Sprintf("%s://%s/v2/%s/%s", repo.Scheme(), repo.RegistryStr(), repo.RepositoryStr(), document)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalidReference, err)
@@ -628,11 +894,23 @@ type guard struct {
 	next      http.RoundTripper
 	stall     time.Duration
 	plainOnly bool
+	// home is the one host that may have a link-local address: the one that
+	// was configured.
+	home string
 }
 
 func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	if g.plainOnly && req.URL.Scheme == "https" {
 		return nil, errors.New("this registry is configured to speak HTTP")
+	}
+	address, _, _ := strings.Cut(req.URL.Hostname(), "%")
+	if ip := net.ParseIP(address); ip != nil && ip.IsLinkLocalUnicast() && req.URL.Host != g.home {
+		// Where a redirect or an upload's location may lead. Behind a proxy
+		// the dialer cannot see it.
+		if req.Body != nil {
+			_ = req.Body.Close()
+		}
+		return nil, fmt.Errorf("%w: registries on the address %s are not contacted", ErrInvalidReference, ip)
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
 	timer := time.AfterFunc(g.stall, func() { cancel(errStalled) })
@@ -651,6 +929,9 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	timer.Reset(g.stall)
+	if current, ok := ctx.Value(callKey{}).(*call); ok {
+		current.noteAnswer(resp)
+	}
 	resp.Body = &watchedBody{ReadCloser: resp.Body, ctx: ctx, moved: func() { timer.Reset(g.stall) }, done: done}
 	return resp, nil
 }

@@ -340,10 +340,16 @@ func TestCallerThatGivesUpIsObeyed(t *testing.T) {
 
 func TestFullDiskIsSaid(t *testing.T) {
 	if os.Geteuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("needs root to mount a small tmpfs")
+		}
 		t.Skip("needs root to mount a small tmpfs")
 	}
 	dir := t.TempDir()
 	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", dir).CombinedOutput(); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("cannot mount a tmpfs: %v %s", err, out)
+		}
 		t.Skipf("cannot mount a tmpfs: %v %s", err, out)
 	}
 	t.Cleanup(func() { exec.Command("umount", "-l", dir).Run() })
@@ -402,11 +408,11 @@ func TestModuleThatChangedOnDiskIsNotPublished(t *testing.T) {
 func TestDebianRegistryWithPasswords(t *testing.T) {
 	bin, err := exec.LookPath("docker-registry")
 	if err != nil {
-		t.Skip("docker-registry is not installed")
+		missing(t, "docker-registry is not installed")
 	}
 	htpasswd, err := exec.LookPath("htpasswd")
 	if err != nil {
-		t.Skip("htpasswd (apache2-utils) is not installed")
+		missing(t, "htpasswd (apache2-utils) is not installed")
 	}
 	dir := t.TempDir()
 	entry, err := exec.Command(htpasswd, "-Bbn", "alice", "sesame").Output()
@@ -528,4 +534,66 @@ func BenchmarkPublishAndPull(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// missing skips a test that lacks a program, and fails it where CI is set:
+// there test/install-deps.sh has installed it.
+func missing(t *testing.T, what string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
+func TestAConnectionThatTimesOutIsAnUnavailableRegistry(t *testing.T) {
+	dials := 0
+	c := newClient(t, "registry.internal", func(o *ClientOptions) {
+		o.Dial = func(ctx context.Context) (net.Conn, error) {
+			dials++
+			// What net gives when its own time is over, whoever listens.
+			return (&net.Dialer{Timeout: time.Nanosecond}).DialContext(ctx, "tcp", "127.0.0.1:1")
+		}
+	})
+	_, err := c.Resolve(context.Background(), "functions/hello:1")
+	if !errors.Is(err, ErrUnavailable) || !Retryable(err) || dials < attempts {
+		t.Errorf("%v (code %s) after %d dials", err, Code(err), dials)
+	}
+}
+
+// never is a network that nothing may be sent to.
+type never struct{ t *testing.T }
+
+func (n never) RoundTrip(r *http.Request) (*http.Response, error) {
+	n.t.Errorf("%s was sent", r.URL)
+	return nil, errors.New("sent")
+}
+
+func TestLinkLocalAddressesAreNotContactedThroughAProxyEither(t *testing.T) {
+	g := &guard{next: never{t}, stall: time.Minute, home: "169.254.7.7:5000"}
+	for _, u := range []string{"http://169.254.169.254/v2/", "http://169.254.7.7:80/v2/", "https://[fe80::1]/v2/", "http://[fe80::1%25eth0]:5000/"} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, u, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := g.RoundTrip(req); !errors.Is(err, ErrInvalidReference) {
+			t.Errorf("%s: %v", u, err)
+		}
+	}
+	// A registry that was configured may be there; whoever it redirects to not.
+	passed := false
+	g.next = passes(func() { passed = true })
+	req, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://169.254.7.7:5000/v2/", nil)
+	if resp, err := g.RoundTrip(req); err != nil || !passed {
+		t.Errorf("the configured registry: %v", err)
+	} else {
+		resp.Body.Close()
+	}
+}
+
+type passes func()
+
+func (f passes) RoundTrip(*http.Request) (*http.Response, error) {
+	f()
+	return &http.Response{StatusCode: 200, Body: http.NoBody, Header: http.Header{}}, nil
 }

@@ -48,6 +48,9 @@ var (
 	ErrDigestMismatch = errors.New("the registry sent bytes that do not match the digest")
 	// ErrUnauthorized: the registry wants other credentials (401, 403).
 	ErrUnauthorized = errors.New("the registry refused the credentials")
+	// ErrRefused: the registry does not take what is pushed (400, 405, 409 and
+	// the like): a policy or a quota of the registry, mostly.
+	ErrRefused = errors.New("the registry refused the artifact")
 	// ErrUnavailable: no connection, a stall, a cut body, or 408, 429, 5xx. Retryable.
 	ErrUnavailable = errors.New("the registry is not available")
 	// ErrTooLarge: a manifest or module beyond its limit.
@@ -83,6 +86,8 @@ func Code(err error) string {
 		return "artifact-not-found"
 	case errors.Is(err, ErrUnauthorized):
 		return "registry-unauthorized"
+	case errors.Is(err, ErrRefused):
+		return "registry-refused"
 	case errors.Is(err, ErrUnavailable):
 		return "registry-unavailable"
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
@@ -106,7 +111,7 @@ func classify(err error) error {
 	}
 	for _, known := range []error{
 		ErrNotFound, ErrDigestMismatch, ErrUnauthorized, ErrUnavailable,
-		ErrTooLarge, ErrNotWasm, ErrNoSpace, ErrInvalidReference,
+		ErrTooLarge, ErrNotWasm, ErrNoSpace, ErrInvalidReference, ErrRefused,
 	} {
 		if errors.Is(err, known) {
 			return err

@@ -1,17 +1,20 @@
 package submit
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/access"
 	"github.com/hearth-sh/hearth/internal/function"
 )
 
@@ -49,6 +52,9 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request) error {
 		}
 		o.After = string(after)
 	}
+	if err := s.authorize(r.Context(), access.VerbList, o.Tenant, "", ""); err != nil {
+		return err
+	}
 	page, err := s.o.Store.List(r.Context(), o)
 	if err != nil {
 		return err
@@ -70,7 +76,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	f, err := s.o.Store.Get(r.Context(), name)
+	f, err := s.readable(r.Context(), name)
 	if err != nil {
 		return err
 	}
@@ -95,12 +101,15 @@ func (s *Server) revisions(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	f, err := s.o.Store.Get(r.Context(), name)
+	f, err := s.readable(r.Context(), name)
 	if err != nil {
 		return err
 	}
 	revs, err := s.o.Store.Revisions(r.Context(), name)
 	if err != nil {
+		return err
+	}
+	if err := s.stillReadable(r.Context(), f); err != nil {
 		return err
 	}
 	l := v1alpha1.RevisionList{APIVersion: v1alpha1.APIVersion, Kind: "RevisionList", Items: make([]v1alpha1.Revision, 0, len(revs))}
@@ -144,11 +153,9 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request) (err error) {
 	if err != nil {
 		return err
 	}
-	if key == "" {
-		// Refuse before 50 MiB travel. The store decides again, atomically.
-		if err := s.early(r.Context(), name, change); err != nil {
-			return err
-		}
+	// Refuse before 50 MiB travel. The store decides again, atomically.
+	if err := s.early(r.Context(), name, change); err != nil {
+		return err
 	}
 	giveReceive, err := s.place(r.Context(), s.receives)
 	if err != nil {
@@ -164,26 +171,49 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request) (err error) {
 		body.patch = numbers
 	}
 	s.metrics.phase("receive", body.receive)
+	auditOf(r.Context()).setDigest(body.digest)
 
 	return s.mutate(w, r, key, fingerprint(r, body.content), func(ctx context.Context, done *function.Outcome) (*reply, error) {
-		var rev int
-		created := false
 		if done != nil {
-			rev, created = done.Revision, done.Created
-		} else {
-			res, err := s.submit(ctx, name, change, body)
+			body.remove()
+			f, err := s.current(ctx, name)
 			if err != nil {
 				return nil, err
 			}
-			rev, created = res.Function.Wanted, res.Created
+			bound, _, err := s.admitPut(ctx, name, change, f, true)
+			if err != nil {
+				return nil, err
+			}
+			return s.await(ctx, name, bound.Tenant, done.Revision, done.Created, wait)
+		}
+		res, err := s.submit(ctx, name, change, body)
+		if err != nil {
+			return nil, err
 		}
 		body.remove() // do not hold disk space while waiting
-		return s.await(ctx, name, rev, created, wait)
+		return s.await(ctx, name, res.Function.Tenant, res.Function.Wanted, res.Created, wait)
 	})
 }
 
+// fetch gets the image that the body names, in the tenant's name.
+func (s *Server) fetch(ctx context.Context, tenant string, body *submission) (v1alpha1.Artifact, error) {
+	if p, ok := s.o.Publisher.(TenantPublisher); ok {
+		return p.FetchFor(ctx, tenant, body.image, body.path, s.o.Limits.ModuleBytes)
+	}
+	return s.o.Publisher.Fetch(ctx, body.image, body.path, s.o.Limits.ModuleBytes)
+}
+
+// publish puts the body where the tenant's functions are.
+func (s *Server) publish(ctx context.Context, tenant, name string, body *submission, kind string) (v1alpha1.Artifact, error) {
+	meta := ArtifactMeta{SizeBytes: body.size, Kind: kind}
+	if p, ok := s.o.Publisher.(TenantPublisher); ok {
+		return p.PublishFor(ctx, tenant, name, body.path, body.digest, meta)
+	}
+	return s.o.Publisher.Publish(ctx, name, body.path, body.digest, meta)
+}
+
 // submit checks, publishes and records what a PUT brought.
-func (s *Server) submit(ctx context.Context, name string, change function.Change, body *submission) (function.Result, error) {
+func (s *Server) submit(ctx context.Context, name string, unbound function.Change, body *submission) (function.Result, error) {
 	give, err := s.place(ctx, s.submits)
 	if err != nil {
 		return function.Result{}, err
@@ -211,9 +241,13 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 			base = current.Revision.Settings
 		}
 		m := body.patch.Apply(base)
-		return m, m.Validate()
+		return m, s.valid(m)
 	}
 	current, err := s.current(work, name)
+	if err != nil {
+		return function.Result{}, err
+	}
+	change, verb, err := s.admitPut(ctx, name, unbound, current, false)
 	if err != nil {
 		return function.Result{}, err
 	}
@@ -225,6 +259,11 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 	if settings, err = merged(current); err != nil {
 		return function.Result{}, err
 	}
+	if body.image == "" {
+		if err := s.quotas.admits(ctx, tenantOf(change, current), name, body.size); err != nil {
+			return function.Result{}, err
+		}
+	}
 
 	var artifact v1alpha1.Artifact
 	if body.image != "" {
@@ -233,11 +272,12 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 				return err
 			}
 			var err error
-			if artifact, err = s.o.Publisher.Fetch(work, body.image, body.path, s.o.Limits.ModuleBytes); err != nil {
+			if artifact, err = s.fetch(work, tenantOf(change, current), body); err != nil {
 				return err
 			}
 			return body.measure()
 		})
+		auditOf(ctx).setDigest(body.digest)
 		if err != nil {
 			return function.Result{}, err
 		}
@@ -260,7 +300,7 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 	}
 	if body.image == "" {
 		if err := step("publish", func() (err error) {
-			artifact, err = s.o.Publisher.Publish(work, name, body.path, body.digest, ArtifactMeta{SizeBytes: body.size, Kind: checked.Kind})
+			artifact, err = s.publish(work, tenantOf(change, current), name, body, checked.Kind)
 			return err
 		}); err != nil {
 			return function.Result{}, err
@@ -270,7 +310,7 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 		return function.Result{}, errClientGone // nothing was recorded, and nothing will be
 	}
 	started := time.Now()
-	res, err := s.o.Store.AddRevision(ctx, name, change, func(current *function.Function) (function.NewRevision, error) {
+	res, err := s.add(ctx, name, unbound, change, verb, current, body.size, func(current *function.Function) (function.NewRevision, error) {
 		m, err := merged(current) // again: another writer may have been faster
 		if err == nil {
 			err = overMemory(checked.MemoryMinPages, m.MemoryMiB)
@@ -287,6 +327,107 @@ func (s *Server) submit(ctx context.Context, name string, change function.Change
 	return res, nil
 }
 
+// add records a revision of size bytes under what the caller may do and the
+// tenant has room for. current is what the decision so far, change and verb,
+// is based on; when that turns out to be over it is made again.
+func (s *Server) add(ctx context.Context, name string, unbound, change function.Change, verb access.Verb, current *function.Function, size int64, build func(*function.Function) (function.NewRevision, error)) (function.Result, error) {
+	for attempt := 1; ; attempt++ {
+		tenant := tenantOf(change, current)
+		res, err := s.withinQuota(ctx, tenant, name, func(context.Context) (int64, error) { return size, nil }, func() (function.Result, error) {
+			return s.o.Store.AddRevision(ctx, name, change, func(now *function.Function) (function.NewRevision, error) {
+				if s.o.Access != nil && putVerb(now) != verb || s.quotas != nil && tenantOf(change, now) != tenant {
+					return function.NewRevision{}, errOtherVerb
+				}
+				return build(now)
+			})
+		})
+		if !errors.Is(err, errOtherVerb) {
+			return res, err
+		}
+		if attempt == maxAttempts {
+			return res, fmt.Errorf("%w: %w", function.ErrPrecondition, err)
+		}
+		if current, err = s.current(ctx, name); err != nil {
+			return res, err
+		}
+		if change, verb, err = s.admitPut(ctx, name, unbound, current, false); err != nil {
+			return res, err
+		}
+	}
+}
+
+// withinQuota makes a change after which the function's wanted module has the
+// size that size returns, if the tenant has room for that. Nobody else's
+// change of the tenant is counted or recorded meanwhile.
+func (s *Server) withinQuota(ctx context.Context, tenant, name string, size func(context.Context) (int64, error), do func() (function.Result, error)) (function.Result, error) {
+	var recorded *function.Function
+	if s.quotas != nil {
+		free, err := s.quotas.hold(ctx, tenant)
+		if err != nil {
+			return function.Result{}, err
+		}
+		defer func() { free(recorded) }()
+		bytes, err := size(ctx)
+		if err == nil {
+			err = s.quotas.admits(ctx, tenant, name, bytes)
+		}
+		if err != nil {
+			return function.Result{}, err
+		}
+	}
+	res, err := do()
+	if err == nil {
+		recorded = &res.Function
+		auditOf(ctx).recorded(res)
+	}
+	return res, err
+}
+
+// tenantOf is whom a function belongs to after the change; f is the function
+// as it is (nil: not there).
+func tenantOf(c function.Change, f *function.Function) string {
+	switch {
+	case c.Tenant != "":
+		return c.Tenant
+	case f != nil:
+		return f.Tenant
+	}
+	return v1alpha1.DefaultTenant
+}
+
+// valid checks settings, and whether they can be honoured here.
+func (s *Server) valid(m function.Settings) error {
+	if err := m.Validate(); err != nil {
+		return err
+	}
+	if s.o.Runtimes == nil {
+		for _, n := range []struct {
+			name string
+			set  bool
+		}{
+			{"runtime " + string(m.Runtime), m.Spin()}, {"host", m.Host != ""}, {"routes", len(m.Routes) > 0},
+			{"placement", m.Placement != nil}, {"autoscaling", m.Autoscaling != nil},
+		} {
+			if n.set {
+				return newProblem("runtime-unsupported", "This API is for one machine, which has the resident runtime only and cannot honour the setting %s. Leave it out, or submit to a cluster.", n.name)
+			}
+		}
+		return nil
+	}
+	if runtime := cmp.Or(m.Runtime, v1alpha1.RuntimeResident); !slices.Contains(s.o.Runtimes, runtime) {
+		return newProblem("runtime-unsupported", "This cluster cannot run functions with the runtime %s; it has %s.", runtime, joined(s.o.Runtimes))
+	}
+	return nil
+}
+
+func joined(runtimes []v1alpha1.FunctionRuntime) string {
+	var names []string
+	for _, r := range runtimes {
+		names = append(names, string(r))
+	}
+	return cmp.Or(strings.Join(names, ", "), "none")
+}
+
 // patch serves PATCH /v1/functions/{name}: the wanted module with other settings.
 func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 	name, err := pathName(r)
@@ -300,6 +441,9 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if err := s.admitEarly(r.Context(), name, access.VerbUpdate, key); err != nil {
+		return err
+	}
 	data, err := s.readJSON(w, r)
 	if err != nil {
 		return err
@@ -309,8 +453,12 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return s.mutate(w, r, key, fingerprint(r, hash(data)), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		change, err := s.admit(ctx, name, access.VerbUpdate, change)
+		if err != nil {
+			return nil, err
+		}
 		if done != nil {
-			return s.await(ctx, name, done.Revision, false, wait)
+			return s.await(ctx, name, change.Tenant, done.Revision, false, wait)
 		}
 		if ctx.Err() != nil {
 			return nil, errClientGone
@@ -321,7 +469,7 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 			}
 			was := current.Revision
 			settings := patch.Apply(was.Settings)
-			if err := settings.Validate(); err != nil {
+			if err := s.valid(settings); err != nil {
 				return function.NewRevision{}, err
 			}
 			return function.NewRevision{
@@ -330,9 +478,10 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 			}, overMemory(was.MemoryMinPages, settings.MemoryMiB)
 		})
 		if err != nil {
-			return nil, err
+			return nil, s.hidden(err)
 		}
-		return s.await(ctx, name, res.Function.Wanted, false, wait)
+		auditOf(ctx).recorded(res)
+		return s.await(ctx, name, change.Tenant, res.Function.Wanted, false, wait)
 	})
 }
 
@@ -344,6 +493,9 @@ func (s *Server) rollback(w http.ResponseWriter, r *http.Request) error {
 	}
 	change, wait, key, err := s.changeOf(r)
 	if err != nil {
+		return err
+	}
+	if err := s.admitEarly(r.Context(), name, access.VerbUpdate, key); err != nil {
 		return err
 	}
 	data, err := s.readJSON(w, r)
@@ -368,17 +520,52 @@ func (s *Server) rollback(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	return s.mutate(w, r, key, fingerprint(r, hash(data)), func(ctx context.Context, done *function.Outcome) (*reply, error) {
+		change, err := s.admit(ctx, name, access.VerbUpdate, change)
+		if err != nil {
+			return nil, err
+		}
 		if done != nil {
-			return s.await(ctx, name, done.Revision, false, wait)
+			return s.await(ctx, name, change.Tenant, done.Revision, false, wait)
 		}
 		if ctx.Err() != nil {
 			return nil, errClientGone
 		}
-		res, err := s.o.Store.Rollback(ctx, name, to, change)
+		res, err := s.rollbackTo(ctx, name, to, change)
 		if err != nil {
-			return nil, err
+			return nil, s.hidden(err)
 		}
-		return s.await(ctx, name, res.Function.Wanted, false, wait)
+		return s.await(ctx, name, change.Tenant, res.Function.Wanted, false, wait)
+	})
+}
+
+// rollbackTo rolls back if the tenant has room for the older module.
+func (s *Server) rollbackTo(ctx context.Context, name string, to int, change function.Change) (function.Result, error) {
+	tenant := change.Tenant
+	if s.quotas != nil {
+		f, err := s.o.Store.Get(ctx, name)
+		if err != nil {
+			return function.Result{}, err
+		}
+		tenant = tenantOf(change, &f)
+	}
+	size := func(ctx context.Context) (int64, error) {
+		f, err := s.o.Store.Get(ctx, name)
+		if err != nil {
+			return 0, err
+		}
+		revisions, err := s.o.Store.Revisions(ctx, name)
+		if err != nil {
+			return 0, err
+		}
+		for _, v := range revisions { // newest first, as Store.Rollback chooses
+			if v.Number == to || to == 0 && v.Number < f.Wanted && !v.ActivatedAt.IsZero() {
+				return v.SizeBytes, nil
+			}
+		}
+		return 0, nil // the store says what is wrong
+	}
+	return s.withinQuota(ctx, tenant, name, size, func() (function.Result, error) {
+		return s.o.Store.Rollback(ctx, name, to, change)
 	})
 }
 
@@ -392,17 +579,39 @@ func (s *Server) delete(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if err := s.admitEarly(r.Context(), name, access.VerbDelete, key); err != nil {
+		return err
+	}
 	return s.mutate(w, r, key, fingerprint(r, ""), func(ctx context.Context, done *function.Outcome) (*reply, error) {
 		if done == nil {
+			change, err := s.admit(ctx, name, access.VerbDelete, change)
+			if err != nil {
+				return nil, err
+			}
 			if ctx.Err() != nil {
 				return nil, errClientGone
 			}
-			if err := s.o.Store.Delete(ctx, name, change); err != nil {
+			was, err := s.toDelete(ctx, name)
+			if err != nil {
 				return nil, err
 			}
+			if err := s.o.Store.Delete(ctx, name, change); err != nil {
+				return nil, s.hidden(err)
+			}
+			s.quotas.deleted(was)
+			auditOf(ctx).deleted(was)
 		}
 		return &reply{status: http.StatusNoContent}, nil
 	})
+}
+
+// toDelete returns what quotas and the audit log want to know of a function
+// before it is gone; nil where there is neither.
+func (s *Server) toDelete(ctx context.Context, name string) (*function.Function, error) {
+	if s.quotas == nil && s.o.Audit == nil {
+		return nil, nil
+	}
+	return s.current(ctx, name)
 }
 
 // changeOf reads what every changing request can carry.
@@ -410,6 +619,7 @@ func (s *Server) changeOf(r *http.Request) (c function.Change, wait time.Duratio
 	if key, err = idempotencyKey(r); err != nil {
 		return
 	}
+	key = s.scoped(r.Context(), key)
 	c.IdempotencyKey = key
 	if c.Precondition.IfMatch, err = entityTags(r, "If-Match"); err != nil {
 		return
@@ -440,13 +650,30 @@ func (s *Server) changeOf(r *http.Request) (c function.Change, wait time.Duratio
 	return
 }
 
-// early checks a precondition without the store's lock.
+// early refuses a PUT before its body is read: for its caller, its tenant's
+// quotas, or a precondition, all without the store's lock.
 func (s *Server) early(ctx context.Context, name string, c function.Change) error {
+	// Under a key the request may have been made before: what it found then
+	// and did is not held against it now.
+	fresh := c.IdempotencyKey == ""
+	if !fresh && s.o.Access == nil && s.quotas == nil {
+		return nil
+	}
 	f, err := s.current(ctx, name)
 	if err != nil {
 		return err
 	}
-	return c.Admits(name, f)
+	if c, _, err = s.admitPut(ctx, name, c, f, !fresh); err != nil {
+		return err
+	}
+	tenant := tenantOf(c, f)
+	if err := s.quotas.spend(ctx, tenant); err != nil || !fresh {
+		return err
+	}
+	if err := c.Admits(name, f); err != nil {
+		return err
+	}
+	return s.quotas.admits(ctx, tenant, name, -1)
 }
 
 // current returns the function, nil when there is none.
@@ -463,8 +690,9 @@ func (s *Server) current(ctx context.Context, name string) (*function.Function, 
 
 // await waits until a recorded revision serves and answers: 201 or 200 when
 // it does, 202 when that takes longer than wait or another revision came in
-// between, a problem when it cannot be served.
-func (s *Server) await(ctx context.Context, name string, revision int, created bool, wait time.Duration) (*reply, error) {
+// between, a problem when it cannot be served. With access control only a
+// function of the tenant is shown.
+func (s *Server) await(ctx context.Context, name, tenant string, revision int, created bool, wait time.Duration) (*reply, error) {
 	started := time.Now()
 	stop, cancel := s.untilStop(ctx)
 	defer cancel()
@@ -484,7 +712,7 @@ func (s *Server) await(ctx context.Context, name string, revision int, created b
 	if ctx.Err() != nil {
 		return nil, errClientGone
 	}
-	if errors.Is(err, function.ErrNotFound) {
+	if errors.Is(err, function.ErrNotFound) || err == nil && s.o.Access != nil && f.Tenant != tenant {
 		return nil, newProblem("function-not-found", "The function was recorded, and then deleted by someone else.")
 	}
 	if err != nil {
@@ -502,7 +730,7 @@ func (s *Server) await(ctx context.Context, name string, revision int, created b
 		}
 		s.metrics.phase("ready", time.Since(started))
 	case f.Revision.State == v1alpha1.StateFailed:
-		p := failed(f.Revision.Error)
+		p := failed(f)
 		p.header = header
 		s.metrics.submit("failed")
 		return nil, p
@@ -532,6 +760,7 @@ func (s *Server) mutate(w http.ResponseWriter, r *http.Request, key, fingerprint
 	case function.IdempotencyMismatch:
 		return newProblem("idempotency-mismatch", "This Idempotency-Key was used for a request with another method, path or body. Use a new key.")
 	case function.IdempotencyReplay:
+		auditOf(ctx).setReplayed()
 		a := &reply{status: begun.Response.Status, header: begun.Response.Header, body: begun.Response.Body}
 		w.Header().Set("Idempotency-Replayed", "true")
 		a.write(w)
@@ -552,8 +781,10 @@ func (s *Server) mutate(w http.ResponseWriter, r *http.Request, key, fingerprint
 			return err
 		}
 		p := toProblem(err)
-		if p.kind.Retryable || p.kind.Status >= 500 {
-			return p // a retry should try, not be told again
+		if p.kind.Retryable || p.kind.Status >= 500 || p.kind.Status == http.StatusForbidden {
+			// A retry should try, not be told again: somebody may have mended
+			// it, given the right, or made room.
+			return p
 		}
 		s.keep(lasting, key, p.reply(requestInstance(ctx)), &answered)
 		return p
@@ -580,7 +811,7 @@ func (s *Server) view(f function.Function) v1alpha1.Function {
 	return v1alpha1.Function{
 		APIVersion: v1alpha1.APIVersion, Kind: "Function",
 		Name: f.Name, Tenant: f.Tenant, URL: url, PathURL: pathURL,
-		State: f.Revision.State, Revision: f.Wanted, ActiveRevision: f.Active,
+		State: f.Revision.State, Revision: f.Wanted, ActiveRevision: f.Active, Warm: f.Warm,
 		Digest: f.Revision.ModuleDigest, Image: s.o.Image(f.Revision.Artifact),
 		Settings: f.Revision.Settings.Public(), Phases: phases(f.Revision),
 		CreatedAt: f.CreatedAt, UpdatedAt: f.UpdatedAt, Error: f.Revision.Error,
@@ -681,6 +912,12 @@ func durationParameter(q url.Values, name string, max time.Duration) (time.Durat
 // queryPatch reads the settings that a raw module can bring in the query.
 func queryPatch(q url.Values, media string) (function.Patch, error) {
 	var p function.Patch
+	if q.Has("runtime") {
+		if media != "application/wasm" {
+			return p, newProblem("unknown-parameter", "With %s, give runtime in the settings instead of the query.", media)
+		}
+		p.SetRuntime(v1alpha1.FunctionRuntime(q.Get("runtime")))
+	}
 	for _, n := range []struct {
 		name string
 		set  func(int)

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"sync"
 	"time"
+
+	"github.com/hearth-sh/hearth/internal/access"
 )
 
 const (
@@ -50,7 +53,11 @@ func (s *Server) logs(w http.ResponseWriter, r *http.Request) error {
 			since = s.o.Now().Add(-ago)
 		}
 	}
-	if _, err := s.o.Store.Get(r.Context(), name); err != nil {
+	f, err := s.readable(r.Context(), name)
+	if err != nil {
+		return err
+	}
+	if err := s.authorize(r.Context(), access.VerbGet, f.Tenant, name, access.SubresourceLog); err != nil {
 		return err
 	}
 	if s.o.Logs == nil {
@@ -58,6 +65,12 @@ func (s *Server) logs(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := s.untilStop(r.Context())
 	defer cancel()
+	if follow && s.o.Access != nil {
+		var guard sync.WaitGroup
+		defer guard.Wait()
+		defer cancel()
+		guard.Go(func() { s.guardLog(ctx, r, f, cancel) })
+	}
 	rc, err := s.o.Logs.Logs(ctx, name, follow, tail, since)
 	if err != nil {
 		var p *problem

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"reflect"
 	"slices"
 	"strconv"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/access"
 )
 
 // The OpenAPI document is built from what the server runs on: paths and query
@@ -43,18 +45,26 @@ type answerDoc struct {
 var (
 	// problemsOfAll can come from any operation.
 	problemsOfAll = []string{"malformed-request", "unknown-parameter", "invalid-parameter", "method-not-allowed", "internal", "store-unavailable"}
+	// problemsOfAccess can come from any below /v1.
+	problemsOfAccess = []string{"unauthorized", "forbidden", "access-unavailable", "not-installed"}
 	// problemsOfChanges can come from any that changes something.
 	problemsOfChanges = []string{
 		"invalid-name", "invalid-idempotency-key", "cross-origin", "function-not-found", "body-stalled", "name-taken",
 		"request-in-flight", "precondition-failed", "body-too-large", "unsupported-media-type", "idempotency-mismatch", "disk-full",
+		"quota-exceeded", "too-many-changes", "tenant-not-found",
 	}
 	// problemsOfRevisions are why a recorded revision cannot be served.
 	problemsOfRevisions = []string{
-		"invalid-settings", "memory-over-limit", "revision-failed", "digest-mismatch", "registry-unavailable", "component-unsupported",
+		"invalid-settings", "runtime-unsupported", "memory-over-limit", "revision-failed", "digest-mismatch", "registry-refused", "registry-unavailable", "component-unsupported",
 		"native-artifact", "malformed-module", "invalid-module", "unsupported-import", "limit-exceeded", "no-start-function",
 		"unsupported-feature", "compile-timeout", "compile-memory", "compiler-crashed", "compiler-unavailable",
 		"image-invalid", "image-not-found", "registry-unauthorized", "not-wasm", "module-too-large",
 	}
+)
+
+var (
+	runtimes    = []v1alpha1.FunctionRuntime{v1alpha1.RuntimeResident, v1alpha1.RuntimeSpin}
+	autoscalers = []v1alpha1.Autoscaler{v1alpha1.AutoscalerNone, v1alpha1.AutoscalerHPA, v1alpha1.AutoscalerKEDA}
 )
 
 func ref(name string) object { return object{"$ref": "#/components/schemas/" + name} }
@@ -76,7 +86,7 @@ var operationDocs = map[string]operationDoc{
 	"GET /v1/functions": {
 		id: "listFunctions", summary: "List functions, ordered by name",
 		answers:  map[int]answerDoc{200: {"A page of functions.", "application/json", ref("FunctionList"), nil}},
-		problems: []string{"invalid-name"},
+		problems: []string{"invalid-name", "tenant-not-found"},
 	},
 	"PUT /v1/functions/{name}": {
 		id: "putFunction", summary: "Submit a function, or a new revision of it",
@@ -169,6 +179,7 @@ var parameterDocs = map[string]object{
 	"memoryMiB":   {"description": "Memory limit; with application/wasm only.", "schema": object{"type": "integer", "minimum": v1alpha1.MinMemoryMiB, "maximum": v1alpha1.MaxMemoryMiB}},
 	"timeoutMs":   {"description": "Deadline of a request; with application/wasm only.", "schema": object{"type": "integer", "minimum": v1alpha1.MinTimeoutMS, "maximum": v1alpha1.MaxTimeoutMS}},
 	"concurrency": {"description": "Requests at once; with application/wasm only.", "schema": object{"type": "integer", "minimum": v1alpha1.MinConcurrency, "maximum": v1alpha1.MaxConcurrency}},
+	"runtime":     {"description": "What runs the function, where the API has more than the resident runtime; with application/wasm only.", "schema": object{"type": "string", "enum": runtimes}},
 	"follow":      {"description": "Go on with lines as they are written.", "schema": object{"type": "boolean", "default": false}},
 	"tail":        {"description": "How many past lines.", "schema": object{"type": "integer", "minimum": 0, "maximum": maxTail, "default": defaultTail}},
 	"since":       {"description": "Leave out lines before this time (RFC 3339) or longer ago than this duration (10m).", "schema": object{"type": "string"}},
@@ -182,8 +193,9 @@ var headerDocs = map[string]object{
 	"Prefer":          {"description": "respond-async is the same as wait=0s.", "schema": object{"type": "string"}},
 }
 
-// buildOpenAPI returns the document as JSON.
-func buildOpenAPI(version string) []byte {
+// buildOpenAPI returns the document as JSON. secured says whether a token is
+// needed below /v1.
+func buildOpenAPI(version string, secured bool) []byte {
 	schemas := object{}
 	for _, v := range []any{
 		v1alpha1.Function{}, v1alpha1.FunctionList{}, v1alpha1.Revision{}, v1alpha1.RevisionList{}, v1alpha1.LogLine{}, v1alpha1.Problem{},
@@ -197,6 +209,7 @@ func buildOpenAPI(version string) []byte {
 	number := func(lo, hi, def int) object {
 		return object{"type": []string{"integer", "null"}, "minimum": lo, "maximum": hi, "description": fmt.Sprintf("null is the default, %d.", def)}
 	}
+	replicas := object{"type": []string{"integer", "null"}, "minimum": 1, "maximum": v1alpha1.MaxReplicas}
 	schemas["SettingsPatch"] = object{
 		"type": "object", "additionalProperties": false,
 		"description": "A merge patch (RFC 7396) of the wanted revision's settings. Values of secrets are never returned.",
@@ -205,6 +218,24 @@ func buildOpenAPI(version string) []byte {
 			"timeoutMs":   number(v1alpha1.MinTimeoutMS, v1alpha1.MaxTimeoutMS, v1alpha1.DefaultTimeoutMS),
 			"concurrency": number(v1alpha1.MinConcurrency, v1alpha1.MaxConcurrency, v1alpha1.DefaultConcurrency),
 			"env":         variables, "secrets": variables,
+			"runtime": object{"enum": []any{v1alpha1.RuntimeResident, v1alpha1.RuntimeSpin, nil}, "description": "What runs the function; null is resident. This and what follows are refused where there is no cluster."},
+			"host":    object{"type": []string{"string", "null"}, "description": "An additional DNS name, in lower case, with at least two labels."},
+			"routes": object{
+				"type": []string{"array", "null"}, "items": object{"type": "string", "pattern": "^/", "maxLength": v1alpha1.MaxRouteBytes}, "maxItems": v1alpha1.MaxRoutes,
+				"description": "The paths of host that reach the function; null is all.",
+			},
+			"placement": object{
+				"type": []string{"object", "null"}, "additionalProperties": false, "description": "On which nodes a resident function is kept ready; null is on all.",
+				"properties": object{"nodeSelector": variables},
+			},
+			"autoscaling": object{
+				"type": []string{"object", "null"}, "additionalProperties": false, "description": "How many pods a spin function has.",
+				"properties": object{
+					"autoscaler":  object{"enum": []any{v1alpha1.AutoscalerNone, v1alpha1.AutoscalerHPA, v1alpha1.AutoscalerKEDA, nil}},
+					"minReplicas": replicas, "maxReplicas": replicas,
+					"targetCPUPercent": object{"type": []string{"integer", "null"}, "minimum": 1, "maximum": v1alpha1.MaxTargetCPUPercent},
+				},
+			},
 		},
 	}
 	schemas["ImageSubmission"] = object{
@@ -232,7 +263,11 @@ func buildOpenAPI(version string) []byte {
 			}
 			paths[op.path] = item
 		}
-		item[strings.ToLower(op.method)] = describe(op)
+		d := describe(op)
+		if secured && op.needsCaller() {
+			d["security"] = []object{{"bearer": []string{}}}
+		}
+		item[strings.ToLower(op.method)] = d
 	}
 	doc := object{
 		"openapi": "3.1.0",
@@ -241,9 +276,12 @@ func buildOpenAPI(version string) []byte {
 			"description": "Submit WebAssembly functions to machines you own. Every error is a problem document (RFC 9457) whose type ends in one of the codes below; retryable says whether the same request can succeed later.\n\n" + problemTable(),
 			"license":     object{"name": "Apache-2.0", "identifier": "Apache-2.0"},
 		},
-		"servers":    []object{{"url": "/"}},
-		"paths":      paths,
-		"components": object{"schemas": schemas},
+		"servers": []object{{"url": "/"}},
+		"paths":   paths,
+		"components": object{"schemas": schemas, "securitySchemes": object{"bearer": object{
+			"type": "http", "scheme": "bearer",
+			"description": "In a cluster a token of audience " + v1alpha1.Group + " of a user who may do with " + access.Resource + ", in the tenant's namespace, what the operation does; on one machine a token of its token file, if it has one.",
+		}}},
 	}
 	data, err := json.MarshalIndent(doc, "", " ")
 	if err != nil {
@@ -295,7 +333,11 @@ func describe(op operation) object {
 		responses[strconv.Itoa(status)] = r
 	}
 	byStatus := map[int][]string{}
-	for _, code := range slices.Concat(problemsOfAll, d.problems) {
+	codes := slices.Concat(problemsOfAll, d.problems)
+	if op.needsCaller() {
+		codes = append(codes, problemsOfAccess...)
+	}
+	for _, code := range codes {
 		kind := problemByCode[code]
 		if !slices.Contains(byStatus[kind.Status], code) {
 			byStatus[kind.Status] = append(byStatus[kind.Status], code)
@@ -312,6 +354,9 @@ func describe(op operation) object {
 			"content": object{"application/problem+json": object{"schema": object{
 				"allOf": []object{ref("Problem"), {"type": "object", "properties": object{"type": object{"enum": types}}}},
 			}}},
+		}
+		if status == http.StatusUnauthorized {
+			responses[strconv.Itoa(status)].(object)["headers"] = object{"WWW-Authenticate": object{"schema": object{"type": "string"}}}
 		}
 	}
 	if op.path == "/readyz" {
@@ -346,6 +391,10 @@ func schemaOf(t reflect.Type, schemas object) object {
 	switch {
 	case t == reflect.TypeFor[time.Time]():
 		return object{"type": "string", "format": "date-time"}
+	case t == reflect.TypeFor[v1alpha1.FunctionRuntime]():
+		return object{"type": "string", "enum": runtimes}
+	case t == reflect.TypeFor[v1alpha1.Autoscaler]():
+		return object{"type": "string", "enum": autoscalers}
 	case t == reflect.TypeFor[v1alpha1.FunctionState]():
 		return object{"type": "string", "enum": []v1alpha1.FunctionState{v1alpha1.StatePending, v1alpha1.StateReady, v1alpha1.StateFailed}}
 	}

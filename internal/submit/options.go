@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,6 +59,15 @@ type Publisher interface {
 	// one Wasm layer, at most maxBytes of it, to dst, which exists and is
 	// empty. Errors of both may be a *PublishError.
 	Fetch(ctx context.Context, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error)
+}
+
+// TenantPublisher is a Publisher that keeps tenants apart: each has
+// repositories of its own, and none can have another's fetched for it. A Server
+// uses these methods in place of Publisher's where a publisher has them.
+type TenantPublisher interface {
+	Publisher
+	PublishFor(ctx context.Context, tenant, name, modulePath, digest string, meta ArtifactMeta) (v1alpha1.Artifact, error)
+	FetchFor(ctx context.Context, tenant, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error)
 }
 
 // PublishError is why a registry did not do as asked. Codes: those of the
@@ -135,6 +145,30 @@ type Options struct {
 	// Live, when set, says whether the process's loops make progress. It must
 	// not look beyond the process.
 	Live func(ctx context.Context) error
+
+	// Access says who may do what. nil: everybody may do everything, which is
+	// for one machine that only its owner reaches. With it every operation
+	// below /v1 needs a caller; the OpenAPI document, probes, metrics and the
+	// front page stay open.
+	Access Access
+	// Quotas bound what a tenant may take; nil: nothing but disk does.
+	Quotas *Quotas
+	// Audit gets one line for every change, made or refused, with who asked
+	// and what became of it; nil: none is written. It never gets a secret.
+	Audit *slog.Logger
+	// Runtimes are those that functions may choose. nil: the resident one
+	// alone, and none of the settings that only a cluster can honour (runtime,
+	// host, routes, placement, autoscaling).
+	Runtimes []v1alpha1.FunctionRuntime
+
+	// NodeAccess says which node makes a call of NodeHandler, whose reports
+	// must then be about that node. nil: whoever can connect is believed.
+	// Errors are as of Access, or an *access.NodeError.
+	NodeAccess func(ctx context.Context, r *http.Request) (node string, err error)
+	// NodeDesired is what a node should have; nil: Store.Desired, the same for
+	// every node. It waits like that until the generation is not after, which
+	// no generation is that is math.MaxUint64. node is empty without NodeAccess.
+	NodeDesired func(ctx context.Context, node string, after uint64) (v1alpha1.Desired, error)
 
 	// URLs returns a function's URL and its path form. Required.
 	URLs func(name string) (url, pathURL string)

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/access"
 	"github.com/hearth-sh/hearth/internal/function"
 )
 
@@ -34,9 +36,13 @@ var problemKinds = []ProblemKind{
 	{"unknown-parameter", 400, "A query parameter is not known", false},
 	{"invalid-name", 400, "The name cannot be a function's or tenant's", false},
 	{"invalid-idempotency-key", 400, "The Idempotency-Key is malformed", false},
+	{"unauthorized", 401, "The request names nobody who is known here", false},
+	{"forbidden", 403, "You may not do this", false},
+	{"quota-exceeded", 403, "The tenant has no room for this", false},
 	{"cross-origin", 403, "A web page of another origin may not do this", false},
 	{"not-found", 404, "There is nothing at this path", false},
 	{"function-not-found", 404, "There is no function of that name", false},
+	{"tenant-not-found", 404, "There is no tenant of that name", false},
 	{"revision-not-found", 404, "The function has no such revision", false},
 	{"method-not-allowed", 405, "The method is not allowed here", false},
 	{"body-stalled", 408, "The request's body did not arrive in time", true},
@@ -50,6 +56,7 @@ var problemKinds = []ProblemKind{
 	{"not-wasm", 415, "The module is not WebAssembly", false},
 	{"idempotency-mismatch", 422, "The Idempotency-Key was used for another request", false},
 	{"invalid-settings", 422, "A setting is outside its limits", false},
+	{"runtime-unsupported", 422, "A setting cannot be honoured here", false},
 	{"component-unsupported", 422, "Components are not supported yet", false},
 	{"native-artifact", 422, "The module is native code", false},
 	{"malformed-module", 422, "The module cannot be decoded", false},
@@ -67,12 +74,16 @@ var problemKinds = []ProblemKind{
 	{"registry-unauthorized", 422, "The registry does not let us pull the image", false},
 	{"revision-failed", 422, "The revision cannot be served", false},
 	{"too-many-submits", 429, "Too many functions are being submitted", true},
+	{"too-many-changes", 429, "The tenant changes its functions too often", true},
 	{"internal", 500, "Something unexpected went wrong on our side", true},
 	{"digest-mismatch", 502, "The registry returned other bytes than it promised", true},
+	{"registry-refused", 502, "The registry does not take the module", false},
 	{"registry-unavailable", 503, "The registry cannot be reached", true},
 	{"logs-unavailable", 503, "The logs cannot be read right now", true},
 	{"compiler-unavailable", 503, "The module cannot be checked right now", true},
 	{"not-ready", 503, "The API is not ready", true},
+	{"access-unavailable", 503, "It cannot be found out right now who may do this", true},
+	{"not-installed", 503, "The cluster does not know functions yet", false},
 	{"store-unavailable", 503, "The function database is not available", true},
 	{"disk-full", 507, "There is no disk space left", true},
 }
@@ -125,7 +136,7 @@ func newProblem(code, format string, args ...any) *problem {
 		p.retryAfter = retryDisk
 	case kind.Status == http.StatusTooManyRequests, code == "request-in-flight":
 		p.retryAfter = retrySoon
-	case kind.Status == http.StatusServiceUnavailable:
+	case kind.Status == http.StatusServiceUnavailable && kind.Retryable:
 		p.retryAfter = retryIn
 	}
 	return p
@@ -146,10 +157,21 @@ func toProblem(err error) *problem {
 		ce *CheckError
 		pe *PublishError
 		ve *function.ValidationError
+		ue *access.UnauthenticatedError
+		de *access.DeniedError
+		ne *access.NodeError
 	)
 	switch {
 	case errors.As(err, &p):
 		return p
+	case errors.As(err, &ue):
+		return unauthorized(ue)
+	case errors.As(err, &de):
+		return forbidden(de)
+	case errors.As(err, &ne):
+		return newProblem("forbidden", "%s.", ne)
+	case errors.Is(err, access.ErrUnavailable):
+		return newProblem("access-unavailable", "Who may do this cannot be found out right now; the server's log says why. Nothing was changed; send the same request again.").because(err)
 	case errors.As(err, &ce):
 		return coded(ce.Code, ce.Detail, ce.Retryable, err)
 	case errors.As(err, &pe):
@@ -171,12 +193,46 @@ func toProblem(err error) *problem {
 		return newProblem("no-rollback-target", "No earlier revision has ever answered requests. Name one with {\"revision\": N}.")
 	case errors.Is(err, function.ErrDiskFull), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return newProblem("disk-full", "There is no disk space left. Nothing was changed; free some space and send the same request again.").because(err)
+	case errors.Is(err, function.ErrTenantNotFound):
+		return newProblem("tenant-not-found", "A tenant is a namespace of the cluster, and there is none of that name. Create it, or name another with ?tenant=.")
+	case errors.Is(err, function.ErrCRDMissing):
+		return newProblem("not-installed", "The cluster does not know functions.hearth.sh. Install Hearth's chart, which brings it.").because(err)
+	case errors.Is(err, function.ErrUnavailable):
+		return newProblem("store-unavailable", "The cluster, which keeps the functions, does not answer right now. Send the same request again.").because(err)
 	case errors.Is(err, function.ErrClosed), errors.Is(err, function.ErrReadOnly), errors.Is(err, function.ErrCorrupt):
 		return newProblem("store-unavailable", "The function database cannot be used right now; the server's log says why.").because(err)
 	case errors.Is(err, context.DeadlineExceeded):
 		return newProblem("compiler-unavailable", "Checking and publishing the module took too long. Nothing was changed; send the same request again.").because(err)
 	}
 	return newProblem("internal", "Nothing was recorded. Send the same request again; if it keeps happening, look for this instance in the server's log.").because(err)
+}
+
+// unauthorized is the answer to a request without a good token, with the
+// challenge of RFC 6750, section 3.
+func unauthorized(e *access.UnauthenticatedError) *problem {
+	detail := sentence(e.Reason)
+	if e.Remedy != "" {
+		detail += " " + sentence(e.Remedy)
+	}
+	p := newProblem("unauthorized", "%s", detail)
+	challenge := `Bearer realm="` + v1alpha1.Group + `"`
+	if e.Presented {
+		challenge += `, error="invalid_token"`
+	}
+	p.header = map[string]string{"WWW-Authenticate": challenge}
+	return p
+}
+
+func forbidden(e *access.DeniedError) *problem {
+	remedy := "Ask whoever looks after that namespace for the right."
+	if e.Action.Tenant == "" {
+		remedy = "Name a namespace with ?tenant=."
+	}
+	p := newProblem("forbidden", "%s. %s", e, remedy)
+	if e.Why != "" {
+		return p.because(errors.New(e.Why))
+	}
+	return p
 }
 
 // coded turns a code of the checker, a publisher or a node into a problem.
@@ -199,19 +255,25 @@ func coded(code, detail string, retryable bool, err error) *problem {
 	return p
 }
 
-// failed is the answer for a revision that a node could not serve.
-func failed(e *v1alpha1.FunctionError) *problem {
-	if e == nil {
-		return newProblem("revision-failed", "The revision was recorded, but no node can serve it.")
+// failed is the answer for a revision that no node could serve. What answers
+// instead is said: it is the first thing its author wants to know.
+func failed(f function.Function) *problem {
+	recorded, e := fmt.Sprintf("Revision %d was recorded, but ", f.Wanted), f.Revision.Error
+	instead := ""
+	if f.Active != 0 && f.Active != f.Wanted {
+		instead = fmt.Sprintf("; revision %d goes on answering", f.Active)
 	}
+	if e == nil {
+		return newProblem("revision-failed", "%sno node can serve it%s.", recorded, instead)
+	}
+	detail := strings.TrimSuffix(e.Detail, ".") + instead
 	kind, ok := problemByCode[e.Code]
 	if !ok || kind.Status < 413 {
-		return newProblem("revision-failed", "The revision was recorded, but cannot be served (%s): %s", e.Code, e.Detail)
+		return newProblem("revision-failed", "%scannot be served (%s): %s", recorded, e.Code, detail)
 	}
-	p := newProblem(e.Code, "The revision was recorded, but cannot be served: %s", e.Detail)
 	// The node has given up: the same request makes a new revision, which is
 	// worth trying only if the trouble may have passed.
-	return p
+	return newProblem(e.Code, "%scannot be served: %s", recorded, detail)
 }
 
 func (p *problem) document(instance string) v1alpha1.Problem {

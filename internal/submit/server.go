@@ -38,6 +38,9 @@ type Server struct {
 	receives chan struct{}
 	submits  chan struct{}
 	openapi  []byte
+	quotas   *quotas // nil: none
+	// accessEvery is a constant to all but tests.
+	accessEvery time.Duration
 
 	// stopping ends waits, followed logs and long polls.
 	stopping context.Context
@@ -95,7 +98,8 @@ func New(o Options) (*Server, error) {
 		o: o, log: o.Logger, metrics: m,
 		receives: make(chan struct{}, l.Receives),
 		submits:  make(chan struct{}, l.Submits),
-		openapi:  buildOpenAPI(o.Version),
+		openapi:  buildOpenAPI(o.Version, o.Access != nil),
+		quotas:   newQuotas(o.Quotas, o.Store, o.Now), accessEvery: accessEvery,
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	return s, nil
@@ -115,9 +119,21 @@ type operation struct {
 	serve func(s *Server, w http.ResponseWriter, r *http.Request) error
 }
 
+// needsCaller says whether access control, where there is any, guards it.
+func (o operation) needsCaller() bool { return strings.HasPrefix(o.path, "/v1/") }
+
+// change is what the audit log calls the operation; empty for what changes
+// nothing that a caller wants.
+func (o operation) change() string {
+	if !o.needsCaller() {
+		return ""
+	}
+	return map[string]string{"PUT": "submit", "PATCH": "patch", "DELETE": "delete", "POST": "rollback"}[o.method]
+}
+
 var publicOperations = []operation{
 	{"GET", "/v1/functions", []string{"tenant", "limit", "continue"}, (*Server).list},
-	{"PUT", "/v1/functions/{name}", []string{"tenant", "wait", "memoryMiB", "timeoutMs", "concurrency"}, (*Server).put},
+	{"PUT", "/v1/functions/{name}", []string{"tenant", "wait", "memoryMiB", "timeoutMs", "concurrency", "runtime"}, (*Server).put},
 	{"GET", "/v1/functions/{name}", nil, (*Server).get},
 	{"PATCH", "/v1/functions/{name}", []string{"wait"}, (*Server).patch},
 	{"DELETE", "/v1/functions/{name}", nil, (*Server).delete},
@@ -142,14 +158,16 @@ func (s *Server) Handler() http.Handler {
 	// A page that a function serves is on the same machine, often the same
 	// site: it must not be able to submit in its visitor's name.
 	guard := http.NewCrossOriginProtection()
-	guard.SetDenyHandler(s.endpoint("", func(s *Server, _ http.ResponseWriter, _ *http.Request) error {
+	guard.SetDenyHandler(s.endpoint("", func(s *Server, _ http.ResponseWriter, r *http.Request) error {
+		auditOf(r.Context()).begin("cross-origin", "", "")
 		return newProblem("cross-origin", "This request came from a web page of another origin. Send it from a program, or from a page of this origin.")
 	}))
 	return guard.Handler(s.mux(publicOperations))
 }
 
 // NodeHandler serves the calls of a node under /node/v1/. It hands out
-// secrets and believes what it is told: never expose it beyond the socket.
+// secrets and, without Options.NodeAccess, believes what it is told: never
+// expose it beyond a socket then, and never without TLS.
 func (s *Server) NodeHandler() http.Handler { return s.mux(nodeOperations) }
 
 func (s *Server) mux(operations []operation) http.Handler {
@@ -174,6 +192,13 @@ func (s *Server) mux(operations []operation) http.Handler {
 			op, ok := methods[method]
 			if !ok {
 				return notAllowed(r.Method, methods)
+			}
+			auditOf(r.Context()).begin(op.change(), r.PathValue("name"), r.URL.Query().Get("tenant"))
+			if op.needsCaller() {
+				var err error
+				if r, err = s.authenticate(r); err != nil {
+					return err
+				}
 			}
 			if err := checkQuery(r, op.query); err != nil {
 				return err
@@ -232,7 +257,8 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 		h := w.Header()
 		h.Set("Hearth-Request-Id", id)
 		h.Set("X-Content-Type-Options", "nosniff")
-		r = r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id))
+		ctx, audit := s.newAudit(context.WithValue(r.Context(), requestIDKey{}, id), r, id)
+		r = r.WithContext(ctx)
 
 		err := serve(s, w, r)
 		var p *problem
@@ -250,6 +276,7 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 				p.reply("urn:uuid:" + id).write(w)
 			}
 		}
+		audit.end(p, gone)
 		code := cmp.Or(w.status, http.StatusOK)
 		if gone {
 			code = 499 // as others log it: the client closed the request

@@ -288,6 +288,7 @@ func TestEveryProblemHappensAndChangesNothing(t *testing.T) {
 		{name: "bare error", with: func() { f.checkErr = errors.New("boom") }, method: "PUT", path: "/v1/functions/a", body: module(1), status: 500, code: "internal", headers: []string{wasm}, retryable: true},
 		{name: "disk full while publishing", with: func() { f.pubErr = fmt.Errorf("write: %w", syscall.ENOSPC) }, method: "PUT", path: "/v1/functions/a", body: module(1), status: 507, code: "disk-full", headers: []string{wasm}, retryable: true, retryIn: true},
 		{name: "registry down", with: publish("registry-unavailable"), method: "PUT", path: "/v1/functions/a", body: module(1), status: 503, code: "registry-unavailable", headers: []string{wasm}, retryable: true, retryIn: true},
+		{name: "registry refuses", with: publish("registry-refused"), method: "PUT", path: "/v1/functions/a", body: module(1), status: 502, code: "registry-refused", headers: []string{wasm}},
 		{name: "registry lies", with: publish("digest-mismatch"), method: "PUT", path: "/v1/functions/a", body: image, status: 502, code: "digest-mismatch", headers: []string{js}, retryable: true},
 		{name: "no such image", with: publish("image-not-found"), method: "PUT", path: "/v1/functions/a", body: image, status: 422, code: "image-not-found", headers: []string{js}},
 		{name: "not that kind of image", with: publish("image-invalid"), method: "PUT", path: "/v1/functions/a", body: image, status: 422, code: "image-invalid", headers: []string{js}},
@@ -427,6 +428,8 @@ func TestEveryProblemHappensAndChangesNothing(t *testing.T) {
 		g := newFixture(t, func(o *Options) { o.Live = func(context.Context) error { return errors.New("stuck") } })
 		g.do("GET", "/livez", nil).want(503).problem("not-ready")
 	})
+
+	t.Run("access", testProblemsOfAccess)
 
 	documented.mu.Lock()
 	defer documented.mu.Unlock()
@@ -739,10 +742,16 @@ func TestNewClearsItsLeftoversOnly(t *testing.T) {
 
 func TestFullDiskWhileReceiving(t *testing.T) {
 	if os.Getuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("mounting a small tmpfs needs root")
+		}
 		t.Skip("mounting a small tmpfs needs root")
 	}
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("mount tmpfs: %v", err)
+		}
 		t.Skipf("mount tmpfs: %v", err)
 	}
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })

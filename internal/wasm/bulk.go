@@ -106,7 +106,7 @@ func (lw *lowering) misc(i *instruction) {
 		lw.pay(i, weightHost)
 		if lw.weight != unreached {
 			lw.copyTo(i.start)
-			lw.check(lw.RefillFuel)
+			lw.checkConstant(lw.RefillFuel)
 		}
 	default:
 		lw.pay(i, weightDivide)
@@ -227,7 +227,7 @@ func (lw *lowering) emitHelper(h bulkHelper) {
 // emitChunks makes the loop of a helper. It never falls through.
 func (lw *lowering) emitChunks(h bulkHelper, backwards bool) {
 	lw.emit(opLoop, voidBlock)
-	lw.check(2 * pagesWeight(bulkChunk))
+	lw.checkConstant(2 * pagesWeight(bulkChunk))
 	lw.emitGet(paramLength)
 	lw.emitI32(bulkChunk)
 	lw.emit(opI32LeU, opIf, voidBlock)

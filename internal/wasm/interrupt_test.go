@@ -145,6 +145,29 @@ func TestInfiniteRecursionOverflowsTheStack(t *testing.T) {
 	}
 }
 
+// Calls that return one after the other, each to code that was paid for before
+// the call, are no way to go on after a kill either.
+func TestDeepRecursionStopsOnItsWayBack(t *testing.T) {
+	m := module(sec(1, vec(fntype([]byte{tI32}, nil), fntype(nil, nil))),
+		sec(2, vec(cat(str("env"), str("bottom"), 0, 1))), sec(3, vec([]byte{0})),
+		sec(6, vec(cat(tI32, 1, i32c(0), 0x0b))), sec(7, vec(export("f", 0, 1), export("g", 3, 0))),
+		sec(10, vec(body(nil, 0x20, 0, 0x45, 0x04, 0x40, 0x10, 0, 0x0f, 0x0b, 0x20, 0, i32c(1), 0x6b, 0x10, 1, straightLine(900)))))
+	r := newRuntime(t)
+	var i api.Module
+	_, err := r.NewHostModuleBuilder("env").NewFunctionBuilder().WithFunc(func() { setKill(t, i) }).Export("bottom").Instantiate(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	i = instantiate(t, r, mustLower(t, m, options()).Bytes)
+	if _, err := i.ExportedFunction("f").Call(t.Context(), 50_000); err == nil || !strings.Contains(err.Error(), "unreachable") {
+		t.Errorf("got %v", err)
+	}
+	// A refill's worth of code at most, of 50 times as much.
+	if got := i.ExportedGlobal("g").Get(); got > wasm.DefaultRefillFuel {
+		t.Errorf("%d rounds after it was killed", got)
+	}
+}
+
 // With more guests spinning than there are processors for Go, the collector
 // and the timers still get their turn, because every guest returns to Go at
 // its checkpoints.

@@ -7,7 +7,7 @@ import (
 
 // LoweringVersion changes whenever Lower's output for some module does.
 // Stores keep it beside what they derive from lowered modules.
-const LoweringVersion = 3
+const LoweringVersion = 4
 
 // ReservedPrefix starts the export names that belong to the host; a module
 // that exports such a name itself is refused.
@@ -49,6 +49,10 @@ const (
 	// freeWeight is what a function may do before its first check; callers
 	// pay for it. It lets small leaf functions do without any.
 	freeWeight = 16
+	// returnWeight is how much of that may follow a call. A check has paid for
+	// it, but a million calls that return one after the other, each to that
+	// much code, are a million times that without any check.
+	returnWeight = 128
 	// leaseFuel is how much fuel a tight loop takes at a time, and tightLoop
 	// up to how many instructions a loop is one; see openLeased. In longer
 	// loops a lease gains nothing, measured on compiled C and Go.
@@ -158,6 +162,9 @@ func Lower(module []byte, o LowerOptions) (*Lowered, error) {
 // unreached marks a place no path leads to.
 const unreached = int32(-1)
 
+// noCall as a tail says that there was a check since the last call.
+const noCall = int32(-1)
+
 // frame is one open block.
 type frame struct {
 	op byte
@@ -168,13 +175,31 @@ type frame struct {
 	start   int32
 	// in is the largest weight any branch to the block's end arrives with.
 	in int32
+	// from is the check that was in force on every path that arrived at the
+	// end so far, fromNone or fromSeveral; weight is the largest since then.
+	from   int
+	weight int32
+	// startTail is lowering.tail where the block was entered, tail the largest
+	// that any path arrives with at its end.
+	startTail, tail int32
+	// loop is the index in frames of the innermost loop this block is in, or
+	// is itself; -1 if there is none.
+	loop int
 	// arity is how many values a branch to the label carries.
 	arity   int32
 	hasElse bool
 }
 
+// In place of a frame's from.
+const (
+	fromNone    = -1
+	fromSeveral = -2
+)
+
 // segment is the code one check pays for.
 type segment struct {
+	// loop is frame.loop where it began.
+	loop int
 	// patch is where its weight goes in the body, -1 for what callers pay;
 	// leases is where the size of its leases goes, 0 if it takes none.
 	patch  int
@@ -207,7 +232,10 @@ type lowering struct {
 	segments []segment
 	segment  int   // the check in force
 	weight   int32 // of the longest path from that check to here
-	scratch  []ValueType
+	// tail is the largest weight of any path from a call to here that passes
+	// no check, or noCall if there is no such path.
+	tail    int32
+	scratch []ValueType
 	// scratches is the index of each kind of scratch local plus one, or 0 if
 	// there is none yet.
 	scratches [scratchKinds]uint32
@@ -215,6 +243,7 @@ type lowering struct {
 	loops     []loopShape
 	loop      loopShape
 	openLoops []openLoop // of findTightLoops
+	calls     bool       // whether there are any in the code
 	unrolled  unrolledLoop
 	// last is the constant pushed by the instruction before, if it was an
 	// i32.const or i64.const.
@@ -310,9 +339,9 @@ func (lw *lowering) function(defined int, s span) {
 	lw.targets = 0
 	lw.body = lw.body[:0]
 	lw.copied = r.pos
-	lw.frames = append(lw.frames[:0], frame{op: opBlock, in: unreached, arity: int32(len(t.Results))})
-	lw.segments = append(lw.segments[:0], segment{patch: -1})
-	lw.segment, lw.weight = 0, 0
+	lw.frames = append(lw.frames[:0], frame{op: opBlock, in: unreached, from: fromNone, startTail: noCall, tail: noCall, loop: -1, arity: int32(len(t.Results))})
+	lw.segments = append(lw.segments[:0], segment{patch: -1, loop: -1})
+	lw.segment, lw.weight, lw.tail = 0, 0, noCall
 	lw.scratch = lw.scratch[:0]
 	lw.scratches = [scratchKinds]uint32{}
 	lw.unrolled = unrolledLoop{}
@@ -398,6 +427,9 @@ func (lw *lowering) spend(w int32) {
 		return
 	}
 	lw.weight += w
+	if lw.tail != noCall {
+		lw.tail += w
+	}
 	if s := &lw.segments[lw.segment]; lw.weight > s.max {
 		s.max = lw.weight
 	}
@@ -406,8 +438,20 @@ func (lw *lowering) spend(w int32) {
 // open inserts a check at the end of what is emitted and makes it the one in
 // force.
 func (lw *lowering) open() {
-	lw.segments = append(lw.segments, segment{patch: lw.check(-1)})
-	lw.segment, lw.weight = len(lw.segments)-1, 0
+	lw.segments = append(lw.segments, segment{patch: lw.check(), loop: lw.frames[len(lw.frames)-1].loop})
+	lw.segment, lw.weight, lw.tail = len(lw.segments)-1, 0, noCall
+}
+
+// openHeader is open for a loop that is not tight. In loops around other loops
+// without calls, a check that is a loop itself costs registers where they are
+// wanted most: 15 % of a matrix product.
+func (lw *lowering) openHeader() {
+	if !lw.loop.outer {
+		lw.open()
+		return
+	}
+	lw.segments = append(lw.segments, segment{patch: lw.checkOnce(), loop: lw.frames[len(lw.frames)-1].loop})
+	lw.segment, lw.weight, lw.tail = len(lw.segments)-1, 0, noCall
 }
 
 // openLeased is open for a tight loop. Counting down the global there costs a
@@ -420,7 +464,7 @@ func (lw *lowering) open() {
 func (lw *lowering) openLeased() {
 	lw.checks++
 	fuel := lw.scratchLocal(scratchFuel)
-	var s segment
+	s := segment{loop: lw.frames[len(lw.frames)-1].loop}
 	constant := func() int {
 		lw.emit(opI32Const)
 		lw.emit(make([]byte, weightBytes)...)
@@ -439,13 +483,15 @@ func (lw *lowering) openLeased() {
 	lw.emitIndex(opLocalSet, fuel)
 	lw.emit(opEnd)
 	lw.segments = append(lw.segments, s)
-	lw.segment, lw.weight = len(lw.segments)-1, 0
+	lw.segment, lw.weight, lw.tail = len(lw.segments)-1, 0, noCall
 }
 
 // loopShape is what lowering wants to know of a loop before it gets there.
 type loopShape struct {
 	// tight loops are those openLeased is for.
 	tight bool
+	// outer loops have loops but no calls in them.
+	outer bool
 	// copies of the body to make, more than 1 for those beginUnrolled is for.
 	copies int
 }
@@ -471,8 +517,9 @@ type openLoop struct {
 func (lw *lowering) findTightLoops(results int) {
 	lw.loops, lw.openLoops = lw.loops[:0], append(lw.openLoops[:0], openLoop{loop: -1, arity: results})
 	var i instruction
-	lastCall, lastOther := 0, 0
+	lastCall, lastLoop, lastOther := 0, 0, 0
 	n := 1
+	lw.calls = false
 	branch := func(label uint32) {
 		if uint64(label) >= uint64(len(lw.openLoops)) {
 			return // refused later
@@ -496,11 +543,14 @@ func (lw *lowering) findTightLoops(results int) {
 		case opLoop:
 			lw.openLoops = append(lw.openLoops, openLoop{loop: len(lw.loops), start: n, arity: i.blockParams, void: i.arity == 0})
 			lw.loops = append(lw.loops, loopShape{})
-			lastOther = n
+			lastLoop, lastOther = n, n
 		case opEnd:
 			if l := lw.openLoops[len(lw.openLoops)-1]; l.loop >= 0 {
 				length := n - l.start // with the end
-				s := loopShape{tight: length <= tightLoop && lastCall < l.start}
+				s := loopShape{
+					tight: length <= tightLoop && lastCall < l.start,
+					outer: lastCall < l.start && lastLoop > l.start,
+				}
 				if s.tight && l.void && l.repeats && lastOther <= l.start {
 					s.copies = min(unrolledInstructions/length, maxCopies)
 				}
@@ -519,7 +569,7 @@ func (lw *lowering) findTightLoops(results int) {
 				lastOther = n
 			}
 		case opCall, opCallIndirect:
-			lastCall = n
+			lastCall, lw.calls = n, true
 		case opI32RemS, opI32RemU, opI64RemS, opI64RemU, opMisc, opMemoryGrow, opRefFunc:
 			lastOther = n
 		}
@@ -566,10 +616,8 @@ type unrolledLoop struct {
 func (lw *lowering) beginUnrolled(i *instruction) {
 	lw.copyTo(i.start)
 	lw.emit(opBlock, voidBlock, opLoop, voidBlock)
-	outside := frame{op: opBlock, segment: lw.segment, start: lw.weight, in: unreached}
-	loop := outside
-	loop.op = opLoop
-	lw.frames = append(lw.frames, outside, loop)
+	lw.pushFrame(opBlock, 0)
+	lw.pushFrame(opLoop, 0)
 	lw.openLeased()
 	lw.spend(weightSimple)
 	lw.unrolled = unrolledLoop{left: lw.loop.copies, body: i.end, targets: lw.targets}
@@ -582,7 +630,7 @@ func (lw *lowering) beginCopy() {
 	u.inserted = 1
 	if u.left > 1 {
 		lw.emit(opBlock, voidBlock)
-		lw.frames = append(lw.frames, frame{op: opBlock, segment: lw.segment, start: lw.weight, in: unreached})
+		lw.pushFrame(opBlock, 0)
 		u.inserted = 2
 	}
 	u.label = len(lw.frames) - 1
@@ -643,9 +691,56 @@ func (lw *lowering) branch(i *instruction) {
 	}
 }
 
-// check emits a check of the given weight, or of one to be patched in, whose
-// place it returns, if the weight is negative.
-func (lw *lowering) check(weight int32) (patch int) {
+// repeatIf replaces a br_if to a loop, without values, by an if with a br in it.
+// wazero up to v1.12.0 splits the edge that the br_if is, and after that does
+// not compile it together with the comparison in front of it: four instructions
+// more in every round of a loop.
+func (lw *lowering) repeatIf(i *instruction) {
+	lw.copyTo(i.start)
+	lw.copied = i.end
+	lw.emit(opIf, voidBlock)
+	lw.emitIndex(opBr, lw.shift(i.index)+1)
+	lw.emit(opEnd)
+}
+
+// check emits a check whose weight is to be patched in at the place it returns:
+//
+//	loop
+//		fuel -= weight
+//		if fuel < 0 { checkpoint(); continue }
+//	end
+//
+// It is a loop, which pays again after a refill, because then no path leads
+// from the call of the checkpoint to what follows but through the beginning.
+// wazero's register allocation lets the code behind a join continue with the
+// registers of one of the paths to it, at a loop those of the path that enters
+// it. So all values stay in registers and what the call costs, saving and
+// loading them, is in the branch that is hardly ever taken. With an if without
+// else, everything in use was stored before each check and loaded behind it.
+func (lw *lowering) check() (patch int) {
+	lw.emit(opLoop, voidBlock)
+	patch = lw.emitCountdown(-1)
+	lw.emit(opBr, 1, opEnd, opEnd)
+	return patch
+}
+
+// checkOnce is check without the loop.
+func (lw *lowering) checkOnce() (patch int) {
+	patch = lw.emitCountdown(-1)
+	lw.emit(opEnd)
+	return patch
+}
+
+// checkConstant emits a check of a given weight, up to all of a refill.
+func (lw *lowering) checkConstant(weight int32) {
+	lw.emitCountdown(weight)
+	lw.emit(opEnd)
+}
+
+// emitCountdown subtracts the weight from the fuel and opens an if in which
+// the checkpoint was passed. A negative weight stands for one to be patched
+// in, whose place it returns.
+func (lw *lowering) emitCountdown(weight int32) (patch int) {
 	lw.checks++
 	lw.emitIndex(opGlobalGet, lw.fuel)
 	if weight < 0 {
@@ -660,7 +755,6 @@ func (lw *lowering) check(weight int32) (patch int) {
 	lw.emitIndex(opGlobalGet, lw.fuel)
 	lw.emit(opI32Const, 0, opI32LtS, opIf, voidBlock)
 	lw.emitIndex(opCall, lw.checkpoint)
-	lw.emit(opEnd)
 	return patch
 }
 
@@ -669,6 +763,7 @@ func (lw *lowering) arrive(f *frame) {
 	if lw.weight == unreached || f.op == opLoop {
 		return // a branch to a loop meets the loop's own check
 	}
+	f.arrived(lw.segment, lw.weight, lw.tail)
 	w := lw.weight
 	if lw.segment != f.segment {
 		// What this path has cost since the block's check began is not more
@@ -676,6 +771,18 @@ func (lw *lowering) arrive(f *frame) {
 		w = lw.segments[f.segment].max
 	}
 	f.in = max(f.in, w)
+}
+
+// arrived notes a path to the end of a block, with the check in force on it
+// and the weight and the tail since then.
+func (f *frame) arrived(segment int, weight, tail int32) {
+	f.tail = max(f.tail, tail)
+	if f.from == fromNone {
+		f.from = segment
+	} else if f.from != segment {
+		f.from = fromSeveral
+	}
+	f.weight = max(f.weight, weight)
 }
 
 // label finds the block a branch goes to.
@@ -697,7 +804,18 @@ func (lw *lowering) push(i *instruction, arity int) {
 		lw.r.fail(CodeLimitExceeded, i.start, "blocks nested deeper than %d", lw.limits.NestingDepth)
 		return
 	}
-	lw.frames = append(lw.frames, frame{op: i.op, segment: lw.segment, start: lw.weight, in: unreached, arity: int32(arity)})
+	lw.pushFrame(i.op, arity)
+}
+
+func (lw *lowering) pushFrame(op byte, arity int) {
+	loop := lw.frames[len(lw.frames)-1].loop
+	if op == opLoop {
+		loop = len(lw.frames)
+	}
+	lw.frames = append(lw.frames, frame{
+		op: op, segment: lw.segment, start: lw.weight, in: unreached, from: fromNone,
+		startTail: lw.tail, tail: noCall, loop: loop, arity: int32(arity),
+	})
 }
 
 // pay accounts for an instruction that is about to run, with a new check in
@@ -709,15 +827,25 @@ func (lw *lowering) pay(i *instruction, w int32) {
 	limit := int32(segmentWeight)
 	if lw.segment == 0 {
 		limit = freeWeight
-		if i.op == opCall || i.op == opCallIndirect {
+		switch {
+		case i.op == opCall || i.op == opCallIndirect:
 			limit = 0 // or a chain of calls would never be checked
+		case lw.calls && (i.op == opGlobalSet || immediates[i.op] == immMemoryArgument):
+			// There will be a check anyway. Early it costs less: wazero knows
+			// from one access to memory that another one is within bounds, but
+			// not across a check. Compilers set a global, the stack pointer,
+			// where a function needs memory of its own.
+			limit = 0
 		}
 	}
-	if lw.weight+w > limit && (lw.weight > 0 || lw.segment == 0) {
+	if lw.weight+w > limit && (lw.weight > 0 || lw.segment == 0) || lw.tail != noCall && lw.tail+w > returnWeight {
 		lw.copyTo(i.start)
 		lw.open()
 	}
 	lw.spend(w)
+	if (i.op == opCall || i.op == opCallIndirect) && lw.tail == noCall {
+		lw.tail = 0
+	}
 }
 
 // instruction lowers one instruction.
@@ -737,7 +865,7 @@ func (lw *lowering) instruction(i *instruction) {
 			if lw.loop.tight {
 				lw.openLeased()
 			} else {
-				lw.open()
+				lw.openHeader()
 			}
 			lw.spend(weightSimple + int32(i.arity))
 		}
@@ -752,7 +880,7 @@ func (lw *lowering) instruction(i *instruction) {
 		}
 		lw.arrive(f)
 		f.hasElse = true
-		lw.segment, lw.weight = f.segment, f.start
+		lw.segment, lw.weight, lw.tail = f.segment, f.start, f.startTail
 	case opEnd:
 		if lw.unrolled.left > 0 && len(lw.frames)-1 == lw.unrolled.label {
 			lw.endCopy(i)
@@ -762,7 +890,11 @@ func (lw *lowering) instruction(i *instruction) {
 	case opBr, opBrIf:
 		f := lw.label(i, i.index)
 		lw.pay(i, weightSimple+f.arity)
-		lw.branch(i)
+		if i.op == opBrIf && f.op == opLoop && f.arity == 0 && lw.InterruptChecks {
+			lw.repeatIf(i)
+		} else {
+			lw.branch(i)
+		}
 		lw.arrive(f)
 		if i.op == opBr {
 			lw.weight = unreached
@@ -797,19 +929,27 @@ func (lw *lowering) instruction(i *instruction) {
 
 // endBlock closes the innermost block.
 func (lw *lowering) endBlock() {
-	f := &lw.frames[len(lw.frames)-1]
+	last := len(lw.frames) - 1
+	f := &lw.frames[last]
 	lw.arrive(f)
 	switch {
 	case f.op == opLoop:
 		f.in = unreached
 		if lw.weight != unreached {
-			f.in = f.start
+			f.in, f.tail = f.start, lw.tail
 		}
-	case f.op == opIf && !f.hasElse:
+	case f.op == opIf && !f.hasElse && f.start != unreached:
 		f.in = max(f.in, f.start)
+		f.arrived(f.segment, f.start, f.startTail)
 	}
-	lw.segment, lw.weight = f.segment, f.in
-	lw.frames = lw.frames[:len(lw.frames)-1]
+	lw.segment, lw.weight, lw.tail = f.segment, f.in, f.tail
+	// All paths have passed the same check, so it stays in force; but not if
+	// it is one of a loop that was left, or each round would pay for what
+	// comes behind.
+	if f.from >= 0 && lw.segments[f.from].loop < last {
+		lw.segment, lw.weight = f.from, f.weight
+	}
+	lw.frames = lw.frames[:last]
 }
 
 // Kinds of scratch locals. They are appended behind the original locals,

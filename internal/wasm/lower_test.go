@@ -338,6 +338,7 @@ func remainderOf(op int, a, b int64) (uint64, bool) {
 }
 
 func TestGoProgramComputesTheSameLowered(t *testing.T) {
+	onOneGoroutine(t)
 	guest, err := goGuest()
 	if err != nil {
 		skip(t, err)

@@ -373,7 +373,18 @@ func specLimits() wasm.Limits {
 	return l
 }
 
+// onOneGoroutine leaves a test to the run without the race detector, which
+// `make test` has as well: there is nothing to race with, and it takes eight
+// times as long.
+func onOneGoroutine(t *testing.T) {
+	t.Helper()
+	if raceDetector {
+		t.Skip("computes on one goroutine; runs without the race detector")
+	}
+}
+
 func TestSpecSuiteBehavesTheSameLowered(t *testing.T) {
+	onOneGoroutine(t)
 	root, err := spectestDir()
 	if err != nil {
 		skip(t, err)

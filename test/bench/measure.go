@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,6 +24,7 @@ import (
 	"github.com/tetratelabs/wazero/sys"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/test/bench/report"
 	"github.com/hearth-sh/hearth/test/guests"
 	"github.com/hearth-sh/hearth/test/harness"
 )
@@ -35,8 +35,8 @@ const (
 	firstTargetGo  = 15 * time.Millisecond // p50, after ready
 	hitTarget      = 15.0                  // times faster than compiling
 	memoryTarget   = 20 << 20              // bytes that 100 idle functions add
-	latenessTarget = 50 * time.Millisecond
-	computeTarget  = 0.20 // slower than plain wazero
+	latenessTarget = 50 * time.Millisecond // beyond the control's
+	computeTarget  = 0.20                  // slower than plain wazero
 )
 
 // languages are the guests everything is measured with.
@@ -61,26 +61,6 @@ func variant(ctx context.Context, guest string, n int) ([]byte, error) {
 		return nil, fmt.Errorf("%s does not hold its greeting exactly once", guest)
 	}
 	return bytes.Replace(module, old, fresh, 1), nil
-}
-
-// quantile of sorted values: 0.5 is the median, 1 the greatest.
-func quantile(values []time.Duration, q float64) time.Duration {
-	if len(values) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(values))
-	return sorted[int(q*float64(len(sorted)-1)+0.5)]
-}
-
-func ms(d time.Duration) string {
-	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'f', 2, 64) + " ms"
-}
-
-func times(a, b time.Duration) string {
-	if b <= 0 {
-		return "-"
-	}
-	return fmt.Sprintf("%.1f×", float64(a)/float64(b))
 }
 
 // submit deploys a module and wants it ready.
@@ -189,23 +169,23 @@ func firstRequests(ctx context.Context, b *bench) error {
 				server[k] = append(server[k], v)
 			}
 		}
-		b.table.title(fmt.Sprintf("First request ever to a submitted %s function (%d functions, new connection)", lang.name, len(first)))
+		b.table.Title(fmt.Sprintf("First request ever to a submitted %s function (%d functions, new connection)", lang.name, len(first)))
 		target := firstTargetC
 		if lang.name == "Go" {
 			target = firstTargetGo
 		}
-		p50 := quantile(first, 0.5)
-		b.table.hold("p50", ms(p50), "", "≤ "+ms(target), p50 <= target)
-		b.table.add("p99", ms(quantile(first, 0.99)), times(quantile(first, 0.99), p50)+" p50")
+		p50 := report.Quantile(first, 0.5)
+		b.table.Hold("p50", report.Milliseconds(p50), "", "≤ "+report.Milliseconds(target), p50 <= target)
+		b.table.Add("p99", report.Milliseconds(report.Quantile(first, 0.99)), report.Times(report.Quantile(first, 0.99), p50)+" p50")
 		for _, k := range []string{"queue", "load", "instantiate", "firstbyte"} {
-			b.table.add("  Server-Timing "+k+" p50", ms(quantile(server[k], 0.5)), "")
+			b.table.Add("  Server-Timing "+k+" p50", report.Milliseconds(report.Quantile(server[k], 0.5)), "")
 		}
-		b.table.title(fmt.Sprintf("Submit to ready, %s function, median of %d", lang.name, len(total)))
-		whole := quantile(total, 0.5)
-		b.table.add("whole", ms(whole), "")
+		b.table.Title(fmt.Sprintf("Submit to ready, %s function, median of %d", lang.name, len(total)))
+		whole := report.Quantile(total, 0.5)
+		b.table.Add("whole", report.Milliseconds(whole), "")
 		for _, p := range order {
-			v := quantile(phases[p], 0.5)
-			b.table.add("  "+p, ms(v), fmt.Sprintf("%.0f %%", 100*float64(v)/float64(whole)))
+			v := report.Quantile(phases[p], 0.5)
+			b.table.Add("  "+p, report.Milliseconds(v), fmt.Sprintf("%.0f %%", 100*float64(v)/float64(whole)))
 		}
 	}
 	return nil
@@ -213,7 +193,7 @@ func firstRequests(ctx context.Context, b *bench) error {
 
 // storeHits deploys modules again that the store has compiled before.
 func storeHits(ctx context.Context, b *bench) error {
-	b.table.title("Compiled before against compiling")
+	b.table.Title("Compiled before against compiling")
 	for _, lang := range languages {
 		// A deleted function's object stays in the store until the space is
 		// needed, so the second submit of the same bytes finds it.
@@ -257,10 +237,10 @@ func storeHits(ctx context.Context, b *bench) error {
 				}
 			}
 		}
-		compile, load := quantile(compiles, 0.5), quantile(loads, 0.5)
+		compile, load := report.Quantile(compiles, 0.5), report.Quantile(loads, 0.5)
 		ratio := float64(compile) / float64(max(load, 1))
-		b.table.hold(lang.name+": load of a store hit", ms(load), fmt.Sprintf("compile %s, %.1f× faster", ms(compile), ratio), fmt.Sprintf("≥ %.0f×", hitTarget), ratio >= hitTarget)
-		b.table.add(lang.name+": submit of known bytes", ms(quantile(second, 0.5)), "first submit "+ms(quantile(first, 0.5)))
+		b.table.Hold(lang.name+": load of a store hit", report.Milliseconds(load), fmt.Sprintf("compile %s, %.1f× faster", report.Milliseconds(compile), ratio), fmt.Sprintf("≥ %.0f×", hitTarget), ratio >= hitTarget)
+		b.table.Add(lang.name+": submit of known bytes", report.Milliseconds(report.Quantile(second, 0.5)), "first submit "+report.Milliseconds(report.Quantile(first, 0.5)))
 	}
 	return nil
 }
@@ -276,7 +256,7 @@ func warmRequests(ctx context.Context, b *bench) error {
 		if _, _, err := b.submit(ctx, name, module, ""); err != nil {
 			return err
 		}
-		b.table.title("Warm requests, " + lang.name + " function, keep-alive")
+		b.table.Title("Warm requests, " + lang.name + " function, keep-alive")
 		var one float64
 		for _, connections := range []int{1, 8} {
 			took, err := b.throughput(ctx, name, connections)
@@ -286,14 +266,14 @@ func warmRequests(ctx context.Context, b *bench) error {
 			rps := float64(len(took)) / b.load.Seconds()
 			relation := ""
 			if connections == 1 {
-				b.warm[lang.name] = quantile(took, 0.5)
+				b.warm[lang.name] = report.Quantile(took, 0.5)
 				one = rps
 			} else {
 				relation = fmt.Sprintf("%.1f× one connection", rps/one)
 			}
-			b.table.add(fmt.Sprintf("%d connections: p50", connections), ms(quantile(took, 0.5)), "")
-			b.table.add(fmt.Sprintf("%d connections: p99", connections), ms(quantile(took, 0.99)), "")
-			b.table.add(fmt.Sprintf("%d connections: requests per second", connections), fmt.Sprintf("%.0f", rps), relation)
+			b.table.Add(fmt.Sprintf("%d connections: p50", connections), report.Milliseconds(report.Quantile(took, 0.5)), "")
+			b.table.Add(fmt.Sprintf("%d connections: p99", connections), report.Milliseconds(report.Quantile(took, 0.99)), "")
+			b.table.Add(fmt.Sprintf("%d connections: requests per second", connections), fmt.Sprintf("%.0f", rps), relation)
 		}
 	}
 	return nil
@@ -345,7 +325,7 @@ func freshProcesses(ctx context.Context, b *bench) error {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building freshprocess: %w\n%s", err, out)
 	}
-	b.table.title("The same Wasm as a fresh process per request (wazero with its own cache, warmed)")
+	b.table.Title("The same Wasm as a fresh process per request (wazero with its own cache, warmed)")
 	for _, lang := range languages {
 		module, err := variant(ctx, lang.guest, 6000)
 		if err != nil {
@@ -373,19 +353,28 @@ func freshProcesses(ctx context.Context, b *bench) error {
 		}
 		relation := ""
 		if warm := b.warm[lang.name]; warm > 0 {
-			relation = times(quantile(took, 0.5), warm) + " a warm request"
+			relation = report.Times(report.Quantile(took, 0.5), warm) + " a warm request"
 		}
-		b.table.add(lang.name+": p50", ms(quantile(took, 0.5)), relation)
-		b.table.add(lang.name+": p99", ms(quantile(took, 0.99)), "")
+		b.table.Add(lang.name+": p50", report.Milliseconds(report.Quantile(took, 0.5)), relation)
+		b.table.Add(lang.name+": p99", report.Milliseconds(report.Quantile(took, 0.99)), "")
 	}
 	return nil
 }
 
+// lateness is what one guest's requests and the control's turns between them
+// were late by.
+type lateness struct {
+	guest           string
+	guests, control []time.Duration
+}
+
 // deadlines asks guests that never end and measures how long after their
-// deadline the answer has arrived at the client.
+// deadline the answer has arrived at the client. Before each request the
+// control has a turn of the same length, and what is held is how much later
+// the guests are than it: on a machine that others keep busy no program gets a
+// processor at the moment it wants one.
 func deadlines(ctx context.Context, b *bench) error {
 	const deadline = 200 * time.Millisecond
-	b.table.title(fmt.Sprintf("How late after its deadline (%v) a guest is stopped, seen by the client, %d requests each", deadline, b.kills))
 	bystander, err := variant(ctx, "hello", 7000)
 	if err != nil {
 		return err
@@ -393,6 +382,18 @@ func deadlines(ctx context.Context, b *bench) error {
 	if _, _, err := b.submit(ctx, "bystander", bystander, ""); err != nil {
 		return err
 	}
+	c, err := newControl()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	stop, err := startBurners(ctx, b.burners)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	var all []lateness
+	var control []time.Duration
 	for _, guest := range []string{"spin", "call-tree", "bulk-fill", "recurse-spin", "zero-writes", "entropy-flood", "sleep", "go-spin"} {
 		path, err := guests.Compile(ctx, guest)
 		if err != nil {
@@ -406,8 +407,9 @@ func deadlines(ctx context.Context, b *bench) error {
 		if _, _, err := b.submit(ctx, name, module, fmt.Sprintf("?timeoutMs=%d", deadline.Milliseconds())); err != nil {
 			return err
 		}
-		var late []time.Duration
+		l := lateness{guest: guest}
 		for range b.kills {
+			l.control = append(l.control, c.turn(deadline))
 			a, err := b.dev.Do(ctx, http.MethodGet, b.dev.PathURL(name, "/"), nil, nil)
 			if err != nil {
 				return err
@@ -415,10 +417,21 @@ func deadlines(ctx context.Context, b *bench) error {
 			if a.Status != http.StatusGatewayTimeout {
 				return fmt.Errorf("%s: want 504, got %s", guest, a)
 			}
-			late = append(late, a.Took-deadline)
+			l.guests = append(l.guests, a.Took-deadline)
 		}
-		worst := quantile(late, 1)
-		b.table.hold(guest+": worst", ms(worst), "p50 "+ms(quantile(late, 0.5)), "≤ "+ms(latenessTarget), worst <= latenessTarget)
+		all, control = append(all, l), append(control, l.control...)
+	}
+	b.table.Title(fmt.Sprintf("How late after its deadline (%v) a guest is stopped, seen by the client, %d requests each, beside %d busy programs",
+		deadline, b.kills, b.burners))
+	spread := func(d []time.Duration) string {
+		return fmt.Sprintf("p50 %s, p99 %s", report.Milliseconds(report.Quantile(d, 0.5)), report.Milliseconds(report.Quantile(d, 0.99)))
+	}
+	worst := report.Quantile(control, 1)
+	b.table.Add("control, a native thread: worst", report.Milliseconds(worst), spread(control))
+	for _, l := range all {
+		late := report.Quantile(l.guests, 1)
+		b.table.Hold(l.guest+": worst", report.Milliseconds(late), spread(l.guests)+"; control between "+report.Milliseconds(report.Quantile(l.control, 1)),
+			"≤ "+report.Milliseconds(latenessTarget)+" after the control's", late-worst <= latenessTarget)
 	}
 	return nil
 }
@@ -449,7 +462,7 @@ func computeBound(ctx context.Context, b *bench) error {
 	}
 	defer checked.Close(ctx)
 
-	b.table.title(fmt.Sprintf("A compute-bound C guest, processor time, best of %d turns", b.rounds))
+	b.table.Title(fmt.Sprintf("A compute-bound C guest, processor time, best of %d turns", b.rounds))
 	for _, kernel := range []string{"", "-sieve", "-product", "-fib", "-hash"} {
 		query := strconv.Itoa(b.compute) + kernel
 		var hearths, plains, checks []time.Duration
@@ -478,15 +491,15 @@ func computeBound(ctx context.Context, b *bench) error {
 				*took = append(*took, ownCPU()-before)
 			}
 		}
-		hearth, bare := quantile(hearths, 0), quantile(plains, 0)
+		hearth, bare := report.Quantile(hearths, 0), report.Quantile(plains, 0)
 		overhead := float64(hearth)/float64(bare) - 1
-		relation := fmt.Sprintf("%+.0f %% against plain wazero's %s", 100*overhead, ms(bare))
+		relation := fmt.Sprintf("%+.0f %% against plain wazero's %s", 100*overhead, report.Milliseconds(bare))
 		if kernel != "" {
-			b.table.add("  of this, "+kernel[1:], ms(hearth), relation)
+			b.table.Add("  of this, "+kernel[1:], report.Milliseconds(hearth), relation)
 			continue
 		}
-		b.table.hold("Hearth, can be stopped at any time", ms(hearth), relation, fmt.Sprintf("≤ +%.0f %%", 100*computeTarget), overhead <= computeTarget)
-		b.table.add("wazero WithCloseOnContextDone", ms(quantile(checks, 0)), fmt.Sprintf("%.1f× plain wazero", float64(quantile(checks, 0))/float64(bare)))
+		b.table.Hold("Hearth, can be stopped at any time", report.Milliseconds(hearth), relation, fmt.Sprintf("≤ +%.0f %%", 100*computeTarget), overhead <= computeTarget)
+		b.table.Add("wazero WithCloseOnContextDone", report.Milliseconds(report.Quantile(checks, 0)), fmt.Sprintf("%.1f× plain wazero", float64(report.Quantile(checks, 0))/float64(bare)))
 	}
 	return nil
 }
@@ -545,7 +558,7 @@ func (r *runner) run(ctx context.Context, query string) ([]byte, time.Duration, 
 func idleMemory(ctx context.Context, b *bench) error {
 	main := b.dev
 	defer func() { b.dev = main }()
-	b.table.title(fmt.Sprintf("Memory of the whole process tree with %d idle functions", b.idle))
+	b.table.Title(fmt.Sprintf("Memory of the whole process tree with %d idle functions", b.idle))
 	for _, lang := range languages {
 		d, err := b.start(ctx, main.Binary, "memory")
 		if err != nil {
@@ -593,8 +606,8 @@ func (b *bench) memoryOf(ctx context.Context, language, guest string) error {
 	}
 	each := func(before, after uint64) uint64 { return (max(after, before) - before) / uint64(b.idle) }
 	pss := each(before.PSS, after.PSS)
-	b.table.hold(language+": each function adds (PSS)", mib(pss), fmt.Sprintf("all together %s → %s", mib(before.PSS), mib(after.PSS)), "< "+mib(memoryTarget), pss < memoryTarget)
-	b.table.add(language+": each function adds (RSS)", mib(each(before.RSS, after.RSS)), fmt.Sprintf("all together %s → %s", mib(before.RSS), mib(after.RSS)))
+	b.table.Hold(language+": each function adds (PSS)", mib(pss), fmt.Sprintf("all together %s → %s", mib(before.PSS), mib(after.PSS)), "< "+mib(memoryTarget), pss < memoryTarget)
+	b.table.Add(language+": each function adds (RSS)", mib(each(before.RSS, after.RSS)), fmt.Sprintf("all together %s → %s", mib(before.RSS), mib(after.RSS)))
 	return nil
 }
 

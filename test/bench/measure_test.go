@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"net/http"
-	"strings"
 	"testing"
 	"time"
 )
@@ -36,18 +35,6 @@ func TestVariantsAreDifferentModulesThatAnswerDifferently(t *testing.T) {
 	}
 }
 
-func TestQuantile(t *testing.T) {
-	values := []time.Duration{5, 1, 4, 2, 3}
-	for q, want := range map[float64]time.Duration{0: 1, 0.5: 3, 1: 5} {
-		if got := quantile(values, q); got != want {
-			t.Errorf("quantile %v is %v, want %v", q, got, want)
-		}
-	}
-	if quantile(nil, 0.5) != 0 {
-		t.Error("quantile of nothing")
-	}
-}
-
 func TestServerTimingIsRead(t *testing.T) {
 	got := serverTiming(http.Header{"Server-Timing": {`queue;dur=0.5, load;desc="x";dur=2`, "firstbyte;dur=1.25"}})
 	want := map[string]time.Duration{"queue": 500 * time.Microsecond, "load": 2 * time.Millisecond, "firstbyte": 1250 * time.Microsecond}
@@ -58,16 +45,15 @@ func TestServerTimingIsRead(t *testing.T) {
 	}
 }
 
-func TestTableCountsMissedTargets(t *testing.T) {
-	var b table
-	b.title("group")
-	b.add("row", "1", "")
-	b.hold("good", "1", "", "≤ 2", true)
-	b.hold("bad", "3", "", "≤ 2", false)
-	if missed := b.print(); missed != 1 {
-		t.Errorf("%d missed, want 1", missed)
+func TestControlIsLateByNothingNegative(t *testing.T) {
+	c, err := newControl()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if !strings.Contains(b.rows[3].verdict, "MISSED") {
-		t.Error("a missed target is not marked")
+	for range 5 {
+		if late := c.turn(5 * time.Millisecond); late <= 0 || late > time.Minute {
+			t.Errorf("late by %v", late)
+		}
 	}
+	c.close()
 }

@@ -58,6 +58,7 @@ func TestWellBehavedGuestsAnswer(t *testing.T) {
 		"echo":         "--- body ---\nthe body",
 		"stream":       "chunk 1\n",
 		"stderr-lines": "logged",
+		"log-query":    "logged",
 		"counter":      "data=1 bss=1 dirty=0 file=refused",
 		"entropy":      "\n",
 		"compute":      "\n",

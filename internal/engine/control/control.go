@@ -49,15 +49,33 @@ type State struct {
 	Generation uint64     `json:"generation"`
 	Functions  []Function `json:"functions"`
 	// Pending are functions that should answer but have nothing on this node
-	// yet: requests for them are asked to come back instead of being told
-	// that there is no such function.
+	// yet, or never will: requests for them are forwarded or asked to come back
+	// instead of being told that there is no such function.
 	Pending []Pending `json:"pending,omitempty"`
+	// BaseDomain replaces the one the engine was started with while it is set.
+	BaseDomain string `json:"baseDomain,omitempty"`
 }
 
-// Pending is a function on its way to this node.
+// Pending is a function that this node cannot answer for: it is on its way
+// here, or kept on other nodes only.
 type Pending struct {
 	Name   string `json:"name"`
 	Tenant string `json:"tenant"`
+	// TimeoutMS bounds a request that is forwarded; 0: the longest that any
+	// function may have.
+	TimeoutMS int `json:"timeoutMs,omitempty"`
+	Reach
+}
+
+// Reach is what is known of a function beside how to run it. A change of it
+// reloads nothing.
+type Reach struct {
+	// Routes are further ways to the function beside its own name.
+	Routes []v1alpha1.HostRoute `json:"routes,omitempty"`
+	// Peers are the gateways (IP address:port) of other nodes that serve the
+	// function. A request is forwarded to one of them while this node does not;
+	// nothing of Env and Secrets goes there.
+	Peers []string `json:"peers,omitempty"`
 }
 
 // Function is one revision of a function that should answer requests.
@@ -82,6 +100,7 @@ type Function struct {
 	// neither can replace a CGI variable.
 	Env     map[string]string `json:"env,omitempty"`
 	Secrets map[string]string `json:"secrets,omitempty"`
+	Reach
 }
 
 // Status is what the engine does at this moment.

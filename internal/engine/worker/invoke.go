@@ -161,7 +161,6 @@ func (w *Worker) invoke(rw http.ResponseWriter, r *http.Request) {
 		if fault != nil && (fault.Code == FaultStack || fault.Code == FaultMemory) {
 			w.settleSoon() // a stack of tens of MiB is garbage now
 		}
-		i.close()
 	}
 	log.flush()
 
@@ -171,6 +170,22 @@ func (w *Worker) invoke(rw http.ResponseWriter, r *http.Request) {
 		_ = v.rc.SetWriteDeadline(time.Now().Add(answerTimeout)) // fails on a closed connection only
 	}
 	fault, cut := response.finish(fault)
+	if !cut {
+		// Giving back what a guest filled takes up to tens of milliseconds, and
+		// the answer would be in a buffer all the time.
+		_ = v.rc.Flush() // fails on a closed connection only
+	}
+	switch {
+	case i == nil:
+	case fault != nil && f.hold():
+		// Nor has the next request of this connection to wait for it.
+		w.background.Go(func() {
+			defer f.release()
+			i.close()
+		})
+	default:
+		i.close()
+	}
 	if fault != nil && fault.Code != FaultClientGone {
 		log.system(fmt.Sprintf("%s %s failed after %v: %s: %s", r.Method, r.URL.Path,
 			time.Since(began).Round(time.Millisecond), fault.Code, fault.Detail))

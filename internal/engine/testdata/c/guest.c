@@ -26,6 +26,15 @@ __attribute__((noinline)) static int recurse(int n) {
   return r + n;
 }
 
+// Fills the stack that the engine keeps for compiled code, to the depth given,
+// and stays there for as long as any test.
+__attribute__((noinline)) static int descend(int n) {
+  if (n == 0) return (int)sleep(1000);
+  int r = descend(n - 1);
+  depth = n;
+  return r + n;
+}
+
 static int is(const char *path) { return strcmp(var("PATH_INFO"), path) == 0; }
 
 int main(int argc, char **argv) {
@@ -87,6 +96,8 @@ int main(int argc, char **argv) {
     for (volatile uint64_t i = 0;; i++) {}
   } else if (is("/recurse")) {
     return recurse(0);
+  } else if (is("/deep")) {
+    return descend(1000 * 1000);
   } else if (is("/memory")) {
     for (;;) {
       char *p = malloc(1 << 20);
@@ -114,6 +125,11 @@ int main(int argc, char **argv) {
   } else if (is("/trap")) {
     __builtin_trap();
   } else if (is("/sleep")) {
+    for (;;) sleep(1000);
+  } else if (is("/drip")) { // begins its answer and never ends it
+    ok();
+    printf("drop\n");
+    fflush(stdout);
     for (;;) sleep(1000);
   } else if (is("/nap")) {
     usleep(300 * 1000);

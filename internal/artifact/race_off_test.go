@@ -1,0 +1,6 @@
+//go:build !race
+
+package artifact
+
+// raceDetector says that this program was built with the race detector.
+const raceDetector = false

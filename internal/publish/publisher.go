@@ -1,0 +1,263 @@
+package publish
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/registry"
+	"github.com/hearth-sh/hearth/internal/submit"
+)
+
+// DefaultPrefix begins the repositories that Hearth publishes functions to.
+// What is in them and belongs to no revision is garbage; other repositories
+// are their pushers' own.
+const DefaultPrefix = "functions/"
+
+// Repositories makes repositories in registries, such as ECR, that do not make
+// them on the first push.
+type Repositories interface {
+	// Ensure returns once the repository exists. It is called before every
+	// push, so it should remember. An error with a method Temporary() bool
+	// that says true is worth trying again, any other is not.
+	Ensure(ctx context.Context, registry, repository string) error
+	// Forget is told that the registry denies having the repository, whatever
+	// Ensure remembers.
+	Forget(registry, repository string)
+}
+
+// Options configure a Publisher. Client is required.
+type Options struct {
+	// Client pushes to its registry, and fetches from any.
+	Client *registry.Client
+	// RepositoryPrefix begins the repositories' names and ends with a slash;
+	// default DefaultPrefix.
+	RepositoryPrefix string
+	// Tenants gives every tenant repositories of its own, <prefix><tenant>/<name>
+	// in place of <prefix><name>, and lets it fetch from no other tenant's.
+	Tenants bool
+	// Located names the client's registry in artifacts, for nodes elsewhere that
+	// have no other way to know it.
+	Located bool
+	// DigestTags pushes under a tag made of the digest (registry.DigestTag).
+	// An artifact is then never untagged, which clean-up policies of most
+	// registries take for garbage.
+	DigestTags bool
+	// Repositories makes the repositories; nil: the registry does by itself.
+	Repositories Repositories
+	// Alias, when set, says whether a host is another name of the client's
+	// registry, as ECR's have: it keeps tenants apart there, too.
+	Alias func(host string) bool
+}
+
+// Publisher lets the submit API publish to one registry and fetch from any.
+// Its methods may be called concurrently.
+type Publisher struct {
+	o Options
+
+	// mu guards flights: without it two callers with the same bytes could both
+	// take themselves for the first.
+	mu      sync.Mutex
+	flights map[flightKey]*flight
+}
+
+var _ submit.Publisher = (*Publisher)(nil)
+
+// flightKey is all that goes into an artifact, and where it goes.
+type flightKey struct{ repository, digest, application string }
+
+// flight is a push in progress. The rest is set before done is closed.
+type flight struct {
+	done     chan struct{}
+	artifact v1alpha1.Artifact
+	err      error
+	// shared says that the outcome is as good for everyone who waits.
+	shared bool
+}
+
+// NewPublisher checks the options.
+func NewPublisher(o Options) (*Publisher, error) {
+	if o.Client == nil {
+		return nil, errors.New("publish: no registry client given")
+	}
+	if o.RepositoryPrefix == "" {
+		o.RepositoryPrefix = DefaultPrefix
+	}
+	if !strings.HasSuffix(o.RepositoryPrefix, "/") || !registry.ValidRepository(o.RepositoryPrefix+"x") {
+		return nil, fmt.Errorf("publish: the repository prefix %.100q must be a path in lower case that ends with a slash, such as %q", o.RepositoryPrefix, DefaultPrefix)
+	}
+	return &Publisher{o: o, flights: map[flightKey]*flight{}}, nil
+}
+
+// Repository is the name of the repository of a tenant's function. The tenant
+// is left out unless tenants have repositories of their own.
+func (p *Publisher) Repository(tenant, name string) string {
+	if p.o.Tenants {
+		return p.o.RepositoryPrefix + component(tenant) + "/" + component(name)
+	}
+	return p.o.RepositoryPrefix + component(name)
+}
+
+// component makes a DNS label a component of a repository's name. Labels may
+// have hyphens in a row, which ECR does not take: those after the first become
+// "x.". No two labels give the same component, since labels have no dots.
+func component(label string) string {
+	var b strings.Builder
+	for i := range len(label) {
+		if label[i] == '-' && i > 0 && label[i-1] == '-' {
+			b.WriteString("x.")
+			continue
+		}
+		b.WriteByte(label[i])
+	}
+	return b.String()
+}
+
+// Publish implements submit.Publisher, for registries without tenants.
+func (p *Publisher) Publish(ctx context.Context, name, modulePath, digest string, meta submit.ArtifactMeta) (v1alpha1.Artifact, error) {
+	return p.PublishFor(ctx, "", name, modulePath, digest, meta)
+}
+
+// PublishFor pushes the module into the repository of a tenant's function and
+// returns once the registry has acknowledged all of it. Of many who publish the
+// same bytes at once, one pushes; if that one leaves before it is done, the next
+// goes on with its own file. Bytes that are there already are not sent again.
+//
+// Errors are *submit.PublishError, or the context's.
+func (p *Publisher) PublishFor(ctx context.Context, tenant, name, modulePath, digest string, meta submit.ArtifactMeta) (v1alpha1.Artifact, error) {
+	if p.o.Tenants && tenant == "" {
+		return v1alpha1.Artifact{}, fmt.Errorf("publish %s: this registry keeps tenants apart, and no tenant was given", name)
+	}
+	if digest == "" { // pushes in progress are told apart by it
+		return v1alpha1.Artifact{}, fmt.Errorf("publish %s: the module's digest is missing", name)
+	}
+	repository := p.Repository(tenant, name)
+	module := registry.Module{Path: modulePath, Digest: digest, Size: meta.SizeBytes}
+	artifact, err := p.once(ctx, flightKey{repository, digest, name}, func() (v1alpha1.Artifact, error) {
+		return p.push(ctx, repository, module, registry.PublishOptions{
+			Spin: registry.SpinOptions{Name: name, Executor: registry.ExecutorWAGI}, DigestTag: p.o.DigestTags,
+		})
+	})
+	if err != nil {
+		return v1alpha1.Artifact{}, pushProblem(repository, err)
+	}
+	return p.located(artifact), nil
+}
+
+func (p *Publisher) located(a v1alpha1.Artifact) v1alpha1.Artifact {
+	if p.o.Located && a.Registry == "" {
+		a.Registry = p.o.Client.Registry()
+	}
+	return a
+}
+
+// once runs push for the first of those with the same key and gives its outcome
+// to the others, when it is theirs as well.
+func (p *Publisher) once(ctx context.Context, key flightKey, push func() (v1alpha1.Artifact, error)) (v1alpha1.Artifact, error) {
+	for {
+		p.mu.Lock()
+		f, others := p.flights[key]
+		if !others {
+			f = &flight{done: make(chan struct{})}
+			p.flights[key] = f
+		}
+		p.mu.Unlock()
+		if !others {
+			p.lead(ctx, key, f, push)
+			return f.artifact, f.err
+		}
+		select {
+		case <-f.done:
+		case <-ctx.Done():
+			return v1alpha1.Artifact{}, fmt.Errorf("waiting for a push of the same module: %w", ctx.Err())
+		}
+		if f.shared {
+			return f.artifact, f.err
+		}
+	}
+}
+
+func (p *Publisher) lead(ctx context.Context, key flightKey, f *flight, push func() (v1alpha1.Artifact, error)) {
+	defer func() { // even if push panics, nobody waits for ever
+		p.mu.Lock()
+		delete(p.flights, key)
+		p.mu.Unlock()
+		close(f.done)
+	}()
+	f.artifact, f.err = push()
+	f.shared = f.err == nil || (ctx.Err() == nil && registrys(f.err))
+}
+
+// registrys says whether an error is the registry's, not of the one file that
+// was pushed or of who pushed it.
+func registrys(err error) bool {
+	var unmade *ensureError
+	return errors.As(err, &unmade) || errors.Is(err, registry.ErrUnavailable) || errors.Is(err, registry.ErrUnauthorized) ||
+		errors.Is(err, registry.ErrNotFound) || errors.Is(err, registry.ErrRefused)
+}
+
+// ensureError is why a repository that is missing was not made.
+type ensureError struct{ err error }
+
+func (e *ensureError) Error() string { return e.err.Error() }
+func (e *ensureError) Unwrap() error { return e.err }
+
+// push makes the repository if need be, and pushes.
+func (p *Publisher) push(ctx context.Context, repository string, module registry.Module, o registry.PublishOptions) (v1alpha1.Artifact, error) {
+	if p.o.Repositories == nil {
+		return p.o.Client.Publish(ctx, repository, module, o)
+	}
+	host := p.o.Client.Registry()
+	ensured := p.o.Repositories.Ensure(ctx, host, repository)
+	if ensured != nil && ctx.Err() != nil {
+		return v1alpha1.Artifact{}, ensured
+	}
+	// Also when it could not be ensured: it may be there, made by someone who
+	// lets us push and no more.
+	artifact, err := p.o.Client.Publish(ctx, repository, module, o)
+	if errors.Is(err, registry.ErrNotFound) && ensured == nil {
+		// Deleted since we looked, or so new that not all of the registry
+		// knows of it.
+		p.o.Repositories.Forget(host, repository)
+		if ensured = p.o.Repositories.Ensure(ctx, host, repository); ensured == nil {
+			artifact, err = p.o.Client.Publish(ctx, repository, module, o)
+		}
+	}
+	if ensured != nil && (errors.Is(err, registry.ErrNotFound) || errors.Is(err, registry.ErrUnauthorized)) {
+		return v1alpha1.Artifact{}, &ensureError{ensured}
+	}
+	return artifact, err
+}
+
+// Fetch implements submit.Publisher. Where tenants have repositories of their
+// own it fetches from none of them.
+func (p *Publisher) Fetch(ctx context.Context, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error) {
+	return p.FetchFor(ctx, "", imageRef, dst, maxBytes)
+}
+
+// FetchFor resolves an OCI reference to a digest and writes the artifact's one
+// Wasm layer, at most maxBytes of it, to dst. What other tenants have published
+// is refused: the registry would give it to us, not knowing for whom we ask.
+//
+// Errors are *submit.PublishError, or the context's.
+func (p *Publisher) FetchFor(ctx context.Context, tenant, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error) {
+	host, repository, err := p.o.Client.Locate(imageRef)
+	if err != nil {
+		return v1alpha1.Artifact{}, fetchProblem(err)
+	}
+	ours := host == p.o.Client.Registry() || (p.o.Alias != nil && p.o.Alias(host))
+	if p.o.Tenants && ours && strings.HasPrefix(repository, p.o.RepositoryPrefix) &&
+		(tenant == "" || !strings.HasPrefix(repository, p.o.RepositoryPrefix+component(tenant)+"/")) {
+		return v1alpha1.Artifact{}, &submit.PublishError{
+			Code: "registry-unauthorized", Detail: "The repository holds functions of another tenant. Submit the module itself, or an image of your own.",
+		}
+	}
+	artifact, _, err := p.o.Client.Fetch(ctx, imageRef, dst, registry.PullOptions{MaxBytes: maxBytes})
+	if err != nil {
+		return artifact, fetchProblem(err)
+	}
+	return p.located(artifact), nil
+}

@@ -1,0 +1,6 @@
+//go:build !race
+
+package wasm_test
+
+// raceDetector says that these tests run with the race detector.
+const raceDetector = false

@@ -1,0 +1,194 @@
+package bootstrap_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/hearth-sh/hearth/internal/bootstrap"
+	"github.com/hearth-sh/hearth/internal/imds/imdstest"
+	"github.com/hearth-sh/hearth/test/k3s"
+	"github.com/hearth-sh/hearth/test/machine"
+)
+
+func client(t *testing.T, server *machine.Machine) kubernetes.Interface {
+	t.Helper()
+	c, err := k3s.Client(t.Context(), server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func nodes(t *testing.T, c kubernetes.Interface) map[string]corev1.Node {
+	t.Helper()
+	list, err := c.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]corev1.Node{}
+	for _, n := range list.Items {
+		all[n.Name] = n
+	}
+	return all
+}
+
+func ready(n corev1.Node) bool {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// etcdMembers waits until etcd has that many voting members.
+func etcdMembers(t *testing.T, m *machine.Machine, want int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	defer cancel()
+	var last string
+	const tls = "/var/lib/rancher/k3s/server/tls/etcd/"
+	if err := m.WaitFor(ctx, fmt.Sprintf("etcd to have %d members", want), func(ctx context.Context) (bool, error) {
+		out, err := m.Exec(ctx, "env", "ETCDCTL_API=3", "etcdctl", "--endpoints=https://127.0.0.1:2379", "--cacert="+tls+"server-ca.crt", "--cert="+tls+"client.crt", "--key="+tls+"client.key", "member", "list")
+		last = out
+		return err == nil && strings.Count(out, "started") == want && strings.Count(out, "false") == want, nil
+	}); err != nil {
+		t.Fatalf("%v; it has\n%s", err, last)
+	}
+}
+
+// TestAClusterComesUpFromUserDataAlone boots three servers at once and two
+// agents with them; then one server is lost and replaced.
+func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
+	l := newLab(t)
+	began := time.Now()
+	var servers, all []*machine.Machine
+	for i := range 3 {
+		m := l.add(fmt.Sprintf("server-%d", i+1), l.userData("control-plane", ""), machine.Spec{})
+		servers, all = append(servers, m), append(all, m)
+	}
+	spot := l.add("worker-spot", l.userData("wasm", ""), machine.Spec{Configure: func(c *imdstest.Config) { c.LifeCycle = "spot" }})
+	all = append(all, spot, l.add("worker-backend", l.userData("backend", ""), machine.Spec{}))
+	var wait sync.WaitGroup
+	for _, m := range all {
+		wait.Go(func() {
+			if err := m.Boot(t.Context()); err != nil {
+				t.Errorf("%s: %v", m.Name, err)
+			}
+		})
+	}
+	wait.Wait()
+	if t.Failed() {
+		return
+	}
+	founders := 0
+	for _, m := range all {
+		r := l.succeeded(m)
+		t.Logf("%s is a node %s after its boot: %s, bootstrap took %d ms: %v", m.Name, time.Since(began).Round(time.Second), r.Node.Action, r.DurationMS, phases(r))
+		if r.Node.Name != m.InstanceID || r.Node.Generation != 1 || len(r.Node.Proven) != 1 || r.Node.Proven[0] != "wasmtime" {
+			t.Errorf("%s became %+v", m.Name, r.Node)
+		}
+		if r.Node.Action == "found" {
+			founders++
+		}
+	}
+	if founders != 1 {
+		t.Errorf("%d servers founded a cluster", founders)
+	}
+	etcdMembers(t, servers[0], 3)
+	kube := client(t, servers[0])
+	seen := nodes(t, kube)
+	if len(seen) != len(all) {
+		t.Errorf("the cluster has %d nodes, not %d", len(seen), len(all))
+	}
+	for _, m := range all {
+		n := seen[m.InstanceID]
+		if !ready(n) || n.Spec.ProviderID != "aws:///"+n.Labels["topology.kubernetes.io/zone"]+"/"+m.InstanceID || n.Labels["node.kubernetes.io/instance-type"] == "" {
+			t.Errorf("%s: ready %t, provider ID %s, labels %v", m.Name, ready(n), n.Spec.ProviderID, n.Labels)
+		}
+	}
+	if got := seen[spot.InstanceID].Labels["node.kubernetes.io/lifecycle"]; got != "spot" {
+		t.Errorf("the lifecycle of a Spot instance is %q", got)
+	}
+	tokensStayWhereTheyBelong(t, all)
+
+	// Again, and nothing changes: no file, no restart.
+	for _, m := range []*machine.Machine{servers[0], servers[1], spot} {
+		unit := "k3s.service"
+		if m == spot {
+			unit = "k3s-agent.service"
+		}
+		before, err := m.Exec(t.Context(), "systemctl", "show", "--value", "--property=InvocationID", unit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := m.Exec(t.Context(), "systemctl", "restart", "hearth-bootstrap"); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		r, err := result(t.Context(), m)
+		if err != nil || r.Outcome != bootstrap.OutcomeSucceeded || r.Changed {
+			t.Errorf("the second run on %s: %v, %+v", m.Name, err, r)
+		}
+		t.Logf("the second run on %s took %d ms: %v", m.Name, r.DurationMS, phases(r))
+		if after, _ := m.Exec(t.Context(), "systemctl", "show", "--value", "--property=InvocationID", unit); after != before {
+			t.Errorf("%s of %s was restarted", unit, m.Name)
+		}
+	}
+
+	// A server is terminated and another one launched in its place.
+	lost := servers[0]
+	if err := lost.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	replacement := l.add("server-4", l.userData("control-plane", ""), machine.Spec{})
+	l.boot(replacement)
+	r := l.succeeded(replacement)
+	t.Logf("the replacement took %d ms: %v", r.DurationMS, phases(r))
+	if r.Node.Action != "join" || r.Node.Generation != 1 {
+		t.Errorf("the replacement became %+v", r.Node)
+	}
+	etcdMembers(t, replacement, 3)
+	kube = client(t, replacement)
+	if _, still := nodes(t, kube)[lost.InstanceID]; still {
+		t.Error("the terminated server is still a node")
+	}
+	for _, m := range []*machine.Machine{servers[1], servers[2], replacement} {
+		if n := nodes(t, kube)[m.InstanceID]; !ready(n) {
+			t.Errorf("%s is not Ready", m.Name)
+		}
+	}
+}
+
+func phases(r bootstrap.Result) string {
+	var parts []string
+	for _, p := range r.Phases {
+		parts = append(parts, fmt.Sprintf("%s %d", p.Name, p.DurationMS))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// tokensStayWhereTheyBelong looks for the cluster's secrets in all places that
+// somebody else can read.
+func tokensStayWhereTheyBelong(t *testing.T, all []*machine.Machine) {
+	t.Helper()
+	for _, m := range all {
+		script := `grep -rlE 'K10[0-9a-f]{64}::(server|node):' /etc /run/systemd /var/log /usr/local /var/lib/hearth /var/lib/cloud 2>/dev/null | while read f; do
+			[ "$(stat -c %a "$f")" = 600 ] || echo "$f is readable for others"
+		done
+		journalctl --no-pager | grep -cE 'K10[0-9a-f]{64}::(server|node):' | grep -v '^0$' || true
+		cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -E 'K10[0-9a-f]{64}::' || true
+		if [ ! -d /var/lib/rancher/k3s/server ]; then grep -rl '::server:' /var/lib/hearth /etc/rancher /var/lib/rancher 2>/dev/null || true; fi`
+		out, err := m.Exec(t.Context(), "sh", "-c", script)
+		if err != nil || strings.TrimSpace(out) != "" {
+			t.Errorf("tokens on %s: %v: %s", m.Name, err, out)
+		}
+	}
+}

@@ -1,0 +1,3 @@
+fn main() {
+    hearth_test_shims::run::<hearth_test_shims::BrokenShim>();
+}
