@@ -14,7 +14,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # Binaries are static: the same file runs in a container, on a node, on a laptop.
 export CGO_ENABLED = 0
 
-.PHONY: run build test test-tools lint bench bench-cluster bench-functions bench-bootstrap e2e arm64 soak fresh image binaries packages manifests packaging-tools docs clean
+.PHONY: run build test vet race runner test-tools lint bench bench-cluster bench-functions bench-bootstrap e2e arm64 soak fresh image binaries packages manifests packaging-tools docs clean
 
 ## run: everything on this machine; ends on a screen that says what to try next.
 ## Builds nodeagent without the clients of clusters (tag local), which are most
@@ -28,14 +28,24 @@ build:
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 ## test: everything that must hold: unit tests with the race detector, arm64
-## under emulation, the shipped binary end to end, the crash test
+## under emulation, the shipped binary end to end, the crash test. Each part runs
+## whatever the others do; what failed or was unsteady is said at the end
 test: test-tools
+	rm -rf bin/tests
+	$(MAKE) -k vet race arm64 e2e; status=$$?; sh test/runner/report.sh; exit $$status
+
+vet:
 	$(GO) vet ./...
+
+## race: unit tests with the race detector; what measures memory, without it
+race: runner
 	$(GO) test ./internal/wasm
 	$(GO) test -run TestPeakMemory ./internal/artifact
-	CGO_ENABLED=1 $(GO) test -race -p 2 -timeout 20m $$($(GO) list ./... | grep -v /test/)
-	$(MAKE) arm64
-	$(MAKE) e2e
+	CGO_ENABLED=1 sh test/runner/run.sh unit "$$($(GO) list ./... | grep -v /test/ | tr '\n' ' ')" -race -p 2 -timeout 20m
+
+# gotestsum, built from source by its own module.
+runner:
+	cd test/runner && $(GO) build -o ../../bin/gotestsum gotest.tools/gotestsum
 
 # What the tests install and build once: Debian packages, Kubernetes and
 # containerd from their Go modules, a Wasm shim with cargo, helm. Cached in the
@@ -51,8 +61,8 @@ arm64:
 	GOARCH=arm64 $(GO) test -short -timeout 20m -exec qemu-aarch64-static ./internal/wasm/ ./internal/precompile/
 
 ## e2e: drives the shipped binary over HTTP and kills it at random
-e2e: build test-tools
-	HEARTH_BINARY=$(CURDIR)/bin/nodeagent $(GO) test -p 2 -timeout 30m -count=1 ./test/... $(ARGS)
+e2e: build test-tools runner
+	HEARTH_BINARY=$(CURDIR)/bin/nodeagent sh test/runner/run.sh e2e ./test/... -p 2 -timeout 30m -count=1 $(ARGS)
 
 ## soak: what takes its time: hundreds of images, dozens of kills, ten minutes
 ## without an API server, ten minutes of killing everything on one machine, ten
