@@ -52,6 +52,7 @@ runner:
 # user's cache directory; clusters need root, so without it nothing is built.
 test-tools:
 	sh test/install-deps.sh
+	sh test/packaging/install-deps.sh
 	[ "$$(id -u)" != 0 ] || $(GO) run ./test/cluster/cmd/cluster build
 	[ "$$(id -u)" != 0 ] || $(GO) run ./test/shims/cmd/shims
 	$(MAKE) packaging-tools

@@ -118,6 +118,11 @@ type ClusterConfig struct {
 	Store string `json:"store,omitempty"`
 	// Region is the store's region. Default: the instance's.
 	Region string `json:"region,omitempty"`
+	// KMSKey encrypts the credentials in the store: the ID or ARN of a key of
+	// AWS KMS, or alias/NAME. The same on all nodes; their roles need
+	// kms:Decrypt with it, servers also kms:GenerateDataKey (S3) or kms:Encrypt
+	// (SSM). Default: the bucket's encryption, or alias/aws/ssm.
+	KMSKey string `json:"kmsKey,omitempty"`
 	// Server is a fixed address of the servers, such as a load balancer's,
 	// https://HOST:6443. Default: the addresses servers publish in the store.
 	Server string `json:"server,omitempty"`

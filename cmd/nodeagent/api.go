@@ -45,6 +45,7 @@ func apiCommand() *cli.Command {
 			&cli.IntFlag{Name: "quota-functions", Usage: "how many functions one tenant may have (0: no limit)", Value: 100, EnvVars: []string{"HEARTH_QUOTA_FUNCTIONS"}},
 			&cli.Int64Flag{Name: "quota-mib", Usage: "`MIB` of all wanted modules of one tenant (0: no limit)", Value: 1024, EnvVars: []string{"HEARTH_QUOTA_MIB"}},
 			&cli.Float64Flag{Name: "quota-changes", Usage: "changes that one tenant may make a second, on average (0: no limit)", Value: 5, EnvVars: []string{"HEARTH_QUOTA_CHANGES"}},
+			&cli.Float64Flag{Name: "quota-requests", Usage: "requests of all kinds that one tenant may make a second of each replica, on average (0: no limit)", Value: submit.DefaultQuotaRequests, EnvVars: []string{"HEARTH_QUOTA_REQUESTS"}},
 			&cli.DurationFlag{Name: "stale-after", Usage: "how long the heartbeat of a node's agent may be missing before what it said of the node is taken back (default: 3m30s)", EnvVars: []string{"HEARTH_STALE_AFTER"}},
 			command.LogLevelFlag("info"),
 		},
@@ -94,7 +95,10 @@ func apiAction(c *cli.Context) error {
 			defer metadata.Close()
 		}
 	}
-	quota := submit.Quota{Functions: c.Int("quota-functions"), Bytes: c.Int64("quota-mib") << 20, Rate: c.Float64("quota-changes")}
+	quota := submit.Quota{
+		Functions: noLimit(c.Int("quota-functions")), Bytes: noLimit(c.Int64("quota-mib") << 20),
+		Rate: noLimit(c.Float64("quota-changes")), Requests: noLimit(c.Float64("quota-requests")),
+	}
 	return api.Run(c.Context, api.Options{
 		Config: config, Namespace: c.String("namespace"), Instance: instance,
 		Listen: c.String("listen"), TLSListen: c.String("tls-listen"), HTTPListen: c.String("http-listen"),
@@ -105,6 +109,24 @@ func apiAction(c *cli.Context) error {
 		},
 		Registry: c.String("registry"), RegistryPlainHTTP: c.Bool("registry-plain-http"), Metadata: metadata,
 		Quotas: &submit.Quotas{Default: quota}, StaleAfter: c.Duration("stale-after"),
-		CheckCommand: []string{sandbox.Executable(), "precompile"}, Version: buildVersion(), Logger: logger,
+		CheckCommand: []string{sandbox.Executable(), "precompile"}, Build: executableBuild(), Version: buildVersion(), Logger: logger,
 	})
+}
+
+// executableBuild tells builds apart that have the same version, as those from
+// source have.
+func executableBuild() string {
+	build := buildVersion()
+	if info, err := os.Stat(sandbox.Executable()); err == nil {
+		build += fmt.Sprintf(" %d %d", info.Size(), info.ModTime().UnixNano())
+	}
+	return build
+}
+
+// noLimit is a quota's way to say what a flag says with 0.
+func noLimit[T int | int64 | float64](v T) T {
+	if v == 0 {
+		return -1
+	}
+	return v
 }

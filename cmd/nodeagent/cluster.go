@@ -15,6 +15,7 @@ import (
 	"github.com/hearth-sh/hearth/internal/clusternode"
 	"github.com/hearth-sh/hearth/internal/imds"
 	"github.com/hearth-sh/hearth/internal/kube"
+	"github.com/hearth-sh/hearth/internal/node"
 )
 
 // clusterCommands are those that a build for one machine does not have.
@@ -23,6 +24,9 @@ func clusterCommands() []*cli.Command { return []*cli.Command{apiCommand(), simu
 // clusterOptions decides whether this machine is a node of a cluster; nil when
 // it is not.
 func clusterOptions(c *cli.Context, nodeName string, logger *slog.Logger) (func(agent.ClusterParts) (agent.ClusterNode, error), error) {
+	if err := node.CheckHeartbeat(c.Duration("heartbeat")); err != nil {
+		return nil, cli.Exit("--heartbeat: "+err.Error(), exitUsage)
+	}
 	mode, file := c.String("kubernetes"), c.String("kubeconfig")
 	switch mode {
 	case kubernetesAuto:
@@ -67,7 +71,8 @@ func clusterOptions(c *cli.Context, nodeName string, logger *slog.Logger) (func(
 	return clusternode.New(clusternode.Options{
 		Clients: clients, Namespace: c.String("namespace"), Pod: c.String("pod-name"),
 		ContainerdSocket: c.String("containerd-socket"), HostRoot: c.String("host-root"),
-		Metadata: metadata, DrainOnRebalance: c.Bool("drain-on-rebalance"),
+		Metadata: metadata, DrainOnRebalance: c.Bool("drain-on-rebalance"), Heartbeat: c.Duration("heartbeat"),
+		ShimInterval: c.Duration("shim-interval"), NoticeInterval: c.Duration("imds-interval"),
 	}), nil
 }
 

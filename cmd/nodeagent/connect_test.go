@@ -222,6 +222,11 @@ func TestSubmitSendsWhatOnlyAClusterKnows(t *testing.T) {
 	}{
 		{[]string{"--runtime", "spin", "--host", "hello.example.com", "--route", "/a", "--route", "/b"}, `{"runtime":"spin","host":"hello.example.com","routes":["/a","/b"]}`},
 		{[]string{"--runtime", "resident"}, `{"runtime":"resident"}`},
+		{[]string{"--node-selector", "pool=wasm", "--node-selector", "hearth.sh/fast=", "--node-selector", "disk-"}, `{"placement":{"nodeSelector":{"disk":null,"hearth.sh/fast":"","pool":"wasm"}}}`},
+		{[]string{"--node-selector", ""}, `{"placement":null}`},
+		{[]string{"--autoscaler", "hpa", "--min-replicas", "2", "--max-replicas", "5", "--target-cpu", "50"}, `{"autoscaling":{"autoscaler":"hpa","minReplicas":2,"maxReplicas":5,"targetCPUPercent":50}}`},
+		{[]string{"--max-replicas", "0"}, `{"autoscaling":{"maxReplicas":0}}`},
+		{[]string{"--runtime", "resident", "--autoscaler", ""}, `{"runtime":"resident","autoscaling":null}`},
 		{[]string{"--host", ""}, `{"host":"","routes":[]}`},
 		{[]string{"--route", ""}, `{"routes":[]}`},
 	} {
@@ -232,6 +237,8 @@ func TestSubmitSendsWhatOnlyAClusterKnows(t *testing.T) {
 	}
 	for want, args := range map[string][]string{
 		"is not resident or spin": {"--runtime", "wasm"}, "begins with a slash": {"--host", "a.example.com", "--route", "a"}, "stands alone": {"--route", "", "--route", "/a"},
+		"takes all labels back": {"--node-selector", "", "--node-selector", "a=b"}, "is no label": {"--node-selector", "=b"}, "LABEL- to take": {"--node-selector", "pool"},
+		"is not none, hpa or keda": {"--autoscaler", "vpa"}, "give one of them": {"--autoscaler", "", "--min-replicas", "2"}, "is less than 0": {"--target-cpu", "-1"},
 		"is being removed": {"--host", "", "--route", "/a"},
 	} {
 		if got := execute(t, t.Context(), "", append([]string{"functions", "set", "hello", "--api", a.URL}, args...)...); got.code != exitUsage || !strings.Contains(got.stderr, want) {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -61,6 +62,8 @@ func engineCommand() *cli.Command {
 			&cli.BoolFlag{Name: "log-stdout", Usage: "write functions' logs to standard output as well, a JSON object a line, for those who collect logs of processes", EnvVars: []string{"HEARTH_ENGINE_LOG_STDOUT"}},
 			isolationFlag(),
 			workerMemoryFlag(),
+			endFlag("shutdown-delay", 0, 0, "how long to serve on, though not ready any more, when asked to end: load balancers learn of it with a delay"),
+			endFlag("drain-limit", 5*time.Second, time.Second, "how long requests in flight may take after that"),
 			command.LogLevelFlag("info"),
 			lifelineFlag(),
 		},
@@ -100,6 +103,8 @@ func engineCommand() *cli.Command {
 				WorkerCommand:     []string{sandbox.Executable(), "worker"},
 				WorkerMemoryBytes: uint64(c.Int64("worker-memory")) << 20,
 				StoreDir:          filepath.Join(c.String("store-dir"), "objects"),
+				ShutdownDelay:     c.Duration("shutdown-delay"),
+				DrainLimit:        c.Duration("drain-limit"),
 				Logger:            logger,
 			})
 		},
@@ -177,6 +182,20 @@ func isolationFlag() *cli.StringFlag {
 				return nil
 			}
 			return cli.Exit(fmt.Sprintf("--isolation %q is not one of tenant, function, shared", value), exitUsage)
+		},
+	}
+}
+
+// endFlag is how long a part of the engine's end may take.
+func endFlag(name string, value, least time.Duration, usage string) *cli.DurationFlag {
+	const most = time.Hour
+	return &cli.DurationFlag{
+		Name: name, Value: value, Usage: usage, EnvVars: []string{"HEARTH_ENGINE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))},
+		Action: func(_ *cli.Context, value time.Duration) error {
+			if value < least || value > most {
+				return cli.Exit(fmt.Sprintf("--%s %s is not between %s and %s", name, value, least, most), exitUsage)
+			}
+			return nil
 		},
 	}
 }

@@ -277,7 +277,15 @@ func exposureRows(row func(name, value string), s v1alpha1.Settings) {
 		if kind == "" {
 			kind = v1alpha1.AutoscalerNone
 		}
-		row("pods", printable(fmt.Sprintf("%d to %d, autoscaler %s", a.MinReplicas, max(a.MinReplicas, a.MaxReplicas), kind)))
+		least := max(a.MinReplicas, v1alpha1.DefaultMinReplicas)
+		pods := fmt.Sprintf("%d", least)
+		if kind != v1alpha1.AutoscalerNone {
+			pods = fmt.Sprintf("%d to %d, autoscaler %s", least, max(least, a.MaxReplicas), kind)
+			if a.TargetCPUPercent > 0 {
+				pods += fmt.Sprintf(", aiming for %d %% of the processor time requested", a.TargetCPUPercent)
+			}
+		}
+		row("pods", printable(pods))
 	}
 }
 
@@ -335,7 +343,7 @@ func functionsSet(c *cli.Context) error {
 		return err
 	}
 	if settings.Empty() {
-		return usageError("nothing to change: give --memory, --timeout, --concurrency, --env, --secret, --unset-env, --unset-secret, --runtime, --host or --route")
+		return usageError("nothing to change: give --memory, --timeout, --concurrency, --env, --secret, --unset-env, --unset-secret, --runtime, --host, --route, --node-selector, --autoscaler, --min-replicas, --max-replicas or --target-cpu")
 	}
 	return withFunction(c, func(cl *connection, name string, asJSON bool) error {
 		f, err := cl.Patch(c.Context, name, client.Change{Settings: settings, Wait: c.Duration("wait")})

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -23,6 +24,21 @@ func storeBudgetFlag() *cli.Int64Flag {
 		Action: func(_ *cli.Context, value int64) error {
 			if value < 64 {
 				return cli.Exit(fmt.Sprintf("--store-budget %d is too small to compile anything; give at least 64", value), exitUsage)
+			}
+			return nil
+		},
+	}
+}
+
+// intervalFlag is for what the agent looks at again and again: often enough to
+// be of use, and not so often that it is all the agent does.
+func intervalFlag(name, variable string, value time.Duration, usage string) *cli.DurationFlag {
+	const least, most = time.Second, time.Minute
+	return &cli.DurationFlag{
+		Name: name, Usage: usage + ", 1s to 1m", Value: value, EnvVars: []string{variable},
+		Action: func(_ *cli.Context, value time.Duration) error {
+			if value < least || value > most {
+				return cli.Exit(fmt.Sprintf("--%s %s is out of range; give at least %s and at most %s", name, value, least, most), exitUsage)
 			}
 			return nil
 		},
@@ -78,6 +94,9 @@ func runCommand() *cli.Command {
 			&cli.StringFlag{Name: "host-root", Usage: "`DIR` at which the host's file system is seen", Value: "/", EnvVars: []string{"HEARTH_HOST_ROOT"}},
 			&cli.StringFlag{Name: "imds", Usage: "ask the EC2 instance metadata service: on, off, or auto (on where one answers at start)", Value: "auto", EnvVars: []string{"HEARTH_IMDS"}},
 			&cli.BoolFlag{Name: "drain-on-rebalance", Usage: "empty the node on a rebalance recommendation too, instead of only keeping new pods away", EnvVars: []string{"HEARTH_DRAIN_ON_REBALANCE"}},
+			intervalFlag("shim-interval", "HEARTH_SHIM_INTERVAL", 15*time.Second, "how often containerd and the shims of this node are looked at for changes; what changed is proved again at once"),
+			intervalFlag("imds-interval", "HEARTH_IMDS_INTERVAL", 5*time.Second, "how often the instance metadata service is asked for notices, and how long it may take to answer"),
+			&cli.DurationFlag{Name: "heartbeat", Usage: "how often the agent says on the Node that it is there when nothing changes, 2s to 5m; --stale-after of the API must be more than three of them", Value: time.Minute, EnvVars: []string{"HEARTH_HEARTBEAT"}},
 			command.LogLevelFlag("info"),
 			lifelineFlag(),
 		},

@@ -27,6 +27,11 @@ func settingsFlags() []cli.Flag {
 		&cli.StringFlag{Name: "runtime", Usage: "`RUNTIME` of the function: resident (in the engine of every node, at no cost while idle) or spin (pods of its own, on a cluster)", DefaultText: "resident for a new function"},
 		&cli.StringFlag{Name: "host", Usage: "additional DNS `NAME` that it answers to, on a cluster; '' removes it"},
 		&cli.GenericFlag{Name: "route", Value: &repeated{}, Usage: "`PATH` of --host that reaches it, with everything below it; repeatable, replaces all routes; '' removes them"},
+		&cli.GenericFlag{Name: "node-selector", Value: &repeated{}, Usage: "run it, and keep its secrets, on nodes with this label only, `LABEL=VALUE`; LABEL- takes one back, '' all; repeatable, for a resident function on a cluster"},
+		&cli.StringFlag{Name: "autoscaler", Usage: "what decides how many pods a spin function has, `AUTOSCALER`: none, hpa or keda (each must be in the cluster); '' goes back to one pod", DefaultText: "none for a new function"},
+		&cli.IntFlag{Name: "min-replicas", Usage: "least number `N` of a spin function's pods; 0: the default", DefaultText: fmt.Sprint(v1alpha1.DefaultMinReplicas)},
+		&cli.IntFlag{Name: "max-replicas", Usage: "greatest number `N` of a spin function's pods, which hpa and keda need; 0: the default", DefaultText: "--min-replicas"},
+		&cli.IntFlag{Name: "target-cpu", Usage: "processor time, in `PERCENT` of what the pods request, that hpa and keda aim for; 0: the default", DefaultText: fmt.Sprint(v1alpha1.DefaultTargetCPUPercent)},
 	}
 }
 
@@ -53,6 +58,12 @@ func settingsFrom(c *cli.Context) (client.Settings, error) {
 		s.Concurrency = &n
 	}
 	if err := exposureFrom(c, &s); err != nil {
+		return s, err
+	}
+	if err := placementFrom(c, &s); err != nil {
+		return s, err
+	}
+	if err := autoscalingFrom(c, &s); err != nil {
 		return s, err
 	}
 	for _, pair := range repeatedOf(c, "env") {
@@ -114,6 +125,61 @@ func exposureFrom(c *cli.Context, s *client.Settings) error {
 		}
 	}
 	s.Routes = &kept
+	return nil
+}
+
+// placementFrom reads where a function runs. Which labels are allowed is the
+// server's word.
+func placementFrom(c *cli.Context, s *client.Settings) error {
+	labels := repeatedOf(c, "node-selector")
+	for _, label := range labels {
+		name, value, ok := strings.Cut(label, "=")
+		switch {
+		case label == "" && len(labels) > 1:
+			return usageError("--node-selector '' takes all labels back and stands alone")
+		case label == "":
+			s.AnyNode = true
+		case ok && name != "":
+			set(&s.NodeSelector, name, &value)
+		case !ok && len(label) > 1 && strings.HasSuffix(label, "-"):
+			set(&s.NodeSelector, strings.TrimSuffix(label, "-"), nil)
+		default:
+			return usageError("--node-selector %q is no label; write LABEL=VALUE, or LABEL- to take it back", label)
+		}
+	}
+	return nil
+}
+
+// autoscalingFrom reads how many pods a function has. How many there may be is
+// the server's word.
+func autoscalingFrom(c *cli.Context, s *client.Settings) error {
+	if c.IsSet("autoscaler") {
+		a := v1alpha1.Autoscaler(c.String("autoscaler"))
+		switch a {
+		case "":
+			s.FixedSize = true
+		case v1alpha1.AutoscalerNone, v1alpha1.AutoscalerHPA, v1alpha1.AutoscalerKEDA:
+			s.Autoscaling.Autoscaler = &a
+		default:
+			return usageError("--autoscaler %q is not none, hpa or keda", c.String("autoscaler"))
+		}
+	}
+	for _, f := range []struct {
+		flag string
+		to   **int
+	}{{"min-replicas", &s.Autoscaling.MinReplicas}, {"max-replicas", &s.Autoscaling.MaxReplicas}, {"target-cpu", &s.Autoscaling.TargetCPUPercent}} {
+		if !c.IsSet(f.flag) {
+			continue
+		}
+		if s.FixedSize {
+			return usageError("--%s is a part of what --autoscaler '' takes back; give one of them", f.flag)
+		}
+		n := c.Int(f.flag)
+		if n < 0 {
+			return usageError("--%s %d is less than 0", f.flag, n)
+		}
+		*f.to = &n
+	}
 	return nil
 }
 

@@ -58,7 +58,7 @@ func (d *datagrams) wait(t *testing.T, want string) {
 	}
 	buf := make([]byte, 4096)
 	for {
-		if err := d.conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := d.conn.SetReadDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		n, err := d.conn.Read(buf)

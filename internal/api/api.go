@@ -76,8 +76,10 @@ type Options struct {
 	// StaleAfter is how long a node's heartbeat may be missing; 0: the default
 	// of package node.
 	StaleAfter time.Duration
-	// CheckCommand starts a child that checks a module.
+	// CheckCommand starts a child that checks a module, Build names what it is:
+	// what another one said of a module is not believed.
 	CheckCommand []string
+	Build        string
 	Version      string
 	Logger       *slog.Logger
 }

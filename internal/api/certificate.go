@@ -31,7 +31,7 @@ import (
 const (
 	// certificateSecret holds the authority and the certificate all replicas
 	// serve with; trustConfigMap what clients need to trust it.
-	certificateSecret = "hearth-api-tls"
+	certificateSecret = "hearth-api-tls" //nolint:gosec // a name
 	trustConfigMap    = "hearth-api"
 	// caCertKey and caKeyKey are keys of the Secret beside those of its type;
 	// caCertKey is the key of the ConfigMap as well.

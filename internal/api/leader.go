@@ -66,8 +66,10 @@ func lead(ctx context.Context, client kubernetes.Interface, namespace, identity 
 		}
 		elector.Run(term)
 		end()
-		terms.Lock() // waits for the duties
-		terms.Unlock()
+		func() {
+			terms.Lock() // waits for the duties
+			defer terms.Unlock()
+		}()
 		pause(ctx, leaseRetry)
 	}
 	return nil

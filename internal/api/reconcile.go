@@ -31,8 +31,11 @@ const (
 	// answer beside them at most, once one engine has it: a node that is slow
 	// or away holds nothing up, its engine forwards to the others. settle is
 	// that time where every node has it.
-	handover = 10 * time.Second
-	settle   = time.Second
+	// hostSettle is the least of both where the function has a custom host: the
+	// ingress controller needs a moment to learn that it leads to the engines.
+	handover   = 10 * time.Second
+	settle     = time.Second
+	hostSettle = 5 * time.Second
 	// hostsRetry is after the API server refused an Ingress.
 	hostsRetry = 5 * time.Second
 )
@@ -157,7 +160,7 @@ func (a *api) reconcile(ctx context.Context, q *queue, spin *deploy.Spin, key ty
 			return 0, err
 		}
 	}
-	if f.Spec.Host != "" || said(f, clusterstore.NodeIngress) != nil {
+	if f.Spec.Host != "" || said(f, clusterstore.NodeIngress) != nil || said(f, deploy.NodeName) != nil {
 		q.pokeHosts()
 	}
 	if f.Spec.Runtime != v1alpha1.RuntimeSpin && said(f, deploy.NodeName) == nil {
@@ -226,6 +229,9 @@ func handoverLeft(f *kube.Function, wanted int, now time.Time) time.Duration {
 	patience := handover
 	if warm == engines && warm >= f.Status.WantedNodes-1 { // the pods count as one
 		patience = settle
+		if f.Spec.Host != "" {
+			patience = hostSettle
+		}
 	}
 	for _, h := range f.Status.History {
 		if h.Revision == wanted && h.ActivatedAt != nil {
@@ -269,7 +275,7 @@ func (a *api) lookAfterHosts(ctx context.Context, q *queue) {
 		case <-again:
 		}
 		pause(ctx, hostsPause)
-		residents, err := a.residents(ctx)
+		residents, err := a.residents()
 		after := hostsRetry
 		if err == nil {
 			var out deploy.HostsOutcome
@@ -288,18 +294,14 @@ func (a *api) lookAfterHosts(ctx context.Context, q *queue) {
 	}
 }
 
-func (a *api) residents(ctx context.Context) ([]deploy.Resident, error) {
-	page, err := a.store.List(ctx, function.ListOptions{})
-	if err != nil {
-		return nil, err
+// residents are the functions that the engines' Ingresses lead to.
+func (a *api) residents() ([]deploy.Resident, error) {
+	functions, err := a.store.AtEngines()
+	residents := make([]deploy.Resident, 0, len(functions))
+	for _, f := range functions {
+		residents = append(residents, deploy.Resident(f))
 	}
-	var residents []deploy.Resident
-	for _, f := range page.Items {
-		if s := f.Revision.Settings; !s.Spin() {
-			residents = append(residents, deploy.Resident{Namespace: f.Tenant, Name: f.Name, Host: s.Host, Routes: s.Routes})
-		}
-	}
-	return residents, nil
+	return residents, err
 }
 
 // tellHosts says in functions' statuses which hosts do not lead to them, and

@@ -20,6 +20,7 @@ func TestPodsAnswerUntilTheEnginesDo(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		runtime  v1alpha1.FunctionRuntime
+		host     string
 		deleted  bool
 		nodes    []v1alpha1.FunctionNode
 		wanted   int // nodes
@@ -33,6 +34,7 @@ func TestPodsAnswerUntilTheEnginesDo(t *testing.T) {
 		{name: "one engine has had it for long", nodes: []v1alpha1.FunctionNode{node("a", 2), node("b", 0), pods}, wanted: 3, activeMS: 60_000},
 		{name: "every engine has it since a moment ago", nodes: []v1alpha1.FunctionNode{node("a", 2), node("b", 2), pods}, wanted: 3, activeMS: 400, want: settle - 400*time.Millisecond},
 		{name: "every engine has it", nodes: []v1alpha1.FunctionNode{node("a", 2), node("b", 2), pods}, wanted: 3, activeMS: 1500},
+		{name: "every engine has it and an ingress controller must learn of its host", host: "a.example.com", nodes: []v1alpha1.FunctionNode{node("a", 2), pods}, wanted: 2, activeMS: 1500, want: hostSettle - 1500*time.Millisecond},
 		{name: "a clock that is ahead", nodes: []v1alpha1.FunctionNode{node("a", 2), pods}, wanted: 2, activeMS: -60_000, want: settle},
 		{name: "a host that is taken is no engine", nodes: []v1alpha1.FunctionNode{node("a", 2), node(clusterstore.NodeIngress, 0), pods}, wanted: 2, activeMS: 1500},
 		{name: "pods that answer nothing", nodes: []v1alpha1.FunctionNode{node("a", 0), node("spin", 0)}, wanted: 2},
@@ -41,7 +43,7 @@ func TestPodsAnswerUntilTheEnginesDo(t *testing.T) {
 		{name: "a function that is being deleted", deleted: true, nodes: []v1alpha1.FunctionNode{node("a", 0), pods}, wanted: 2},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			f := &kube.Function{Spec: v1alpha1.FunctionSpec{Runtime: test.runtime}}
+			f := &kube.Function{Spec: v1alpha1.FunctionSpec{Runtime: test.runtime, Host: test.host}}
 			if test.deleted {
 				f.DeletionTimestamp = &metav1.Time{Time: now}
 			}

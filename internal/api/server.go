@@ -177,8 +177,11 @@ func (a *api) prepareSubmit(ctx context.Context) error {
 	metrics := newMetrics()
 	compiler := precompile.NewCompiler(precompile.CompilerOptions{Command: a.o.CheckCommand, Concurrency: checkConcurrency, Logger: a.log})
 	server, err := submit.New(submit.Options{
-		Store:     a.store,
-		Checker:   publish.NewChecker(compiler),
+		Store: a.store,
+		Checker: publish.Remember(publish.NewChecker(compiler), publish.RememberOptions{
+			// The pod's disk: a container that is started again remembers.
+			File: filepath.Join(a.o.TempDir, "checks.json"), Build: a.o.Build, Logger: a.log,
+		}),
 		Publisher: publisher,
 		Logs:      &engineLogs{client: a.client, namespace: a.o.Namespace, log: a.log, tenant: a.tenant},
 		Health:    readiness{a},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -62,7 +63,7 @@ func (m *machine) newElector() (*election.Elector, error) {
 	if r := m.spec.Cluster.Region; r != "" {
 		config.Region = r
 	}
-	store, err := election.Open(m.spec.Cluster.Store, election.OpenOptions{AWS: config, PathStyle: pathStyle()})
+	store, err := election.Open(m.spec.Cluster.Store, election.OpenOptions{AWS: config, PathStyle: pathStyle(), KMSKeyID: m.spec.Cluster.KMSKey})
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +123,10 @@ func (m *machine) findMembership(ctx context.Context) (k3s.Membership, error) {
 	}
 	if d.Action == election.ActionFound {
 		membership.Founder = true
-		return membership, nil
+		// k3s would make it without syncing it, and be refused by the cluster
+		// that it founded after a loss of power.
+		_, err := m.nodePassword(ctx)
+		return membership, err
 	}
 	if state.Marker != nil && state.Marker.Generation == d.Generation && state.Marker.Role == m.spec.Role && state.Marker.Node == m.snapshot.Identity.InstanceID &&
 		(state.Etcd || state.AgentData) {
@@ -170,7 +174,7 @@ func (m *machine) preflightJoin(ctx context.Context) (string, error) {
 		}
 	}
 	m.rec.doing("asking %s to let this machine in", strings.Join(servers, ", "))
-	password, err := join.NodePassword(join.NodePasswordFile)
+	password, err := m.nodePassword(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -191,6 +195,18 @@ func (m *machine) preflightJoin(ctx context.Context) (string, error) {
 		m.removeDead(ctx, result.Server)
 	}
 	return result.Server, nil
+}
+
+// passwordDir is recorded like every file, so that a reset leaves neither it nor
+// the directories above it.
+var passwordDir = host.File{Path: filepath.Dir(join.NodePasswordFile), Mode: fs.ModeDir | 0o755, Reason: "what proves a node's name to servers"}
+
+// nodePassword is this machine's, which is made before k3s would do so.
+func (m *machine) nodePassword(ctx context.Context) (join.Password, error) {
+	if err := m.apply(ctx, []host.File{passwordDir}); err != nil {
+		return join.Password{}, err
+	}
+	return join.NodePassword(join.NodePasswordFile)
 }
 
 // node is the identity as k3s's configuration needs it.
@@ -223,6 +239,7 @@ func (m *machine) files(membership k3s.Membership) (k3s.Rendered, error) {
 		Charts: map[string][]byte{k3s.AddonHearth: chart.Archive()}, SpinKubeCRDs: spinkube.CRDs(), AirgapImages: airgap,
 	})
 	rendered.Files = append(rendered.Files, aliases(m.artifacts)...)
+	rendered.Files = append(rendered.Files, passwordDir)
 	return rendered, err
 }
 
@@ -248,8 +265,8 @@ func (m *machine) install(ctx context.Context) error {
 		return err
 	}
 	files := append(rendered.Files, marker)
-	if d.Action == election.ActionFound && d.Credentials.Authorities != nil {
-		authorities, err := m.authorities(d.Credentials.Authorities)
+	if d.Credentials.Authorities != nil {
+		authorities, err := m.authorities(d.Credentials.Authorities, d.Action == election.ActionFound)
 		if err != nil {
 			return err
 		}
@@ -274,9 +291,11 @@ func (m *machine) install(ctx context.Context) error {
 	return nil
 }
 
-// authorities are the files of a founder's authorities that are not there yet:
-// k3s rotates what it has; only the first start is ours.
-func (m *machine) authorities(a *pki.Authorities) ([]host.File, error) {
+// authorities are the files of the generation's authorities that a founder does
+// not have yet, and on any server those that a loss of power left without
+// content, since k3s writes what it got from another server without syncing it.
+// The rest is k3s's: it rotates what it has.
+func (m *machine) authorities(a *pki.Authorities, founder bool) ([]host.File, error) {
 	made, err := a.Files()
 	if err != nil {
 		return nil, err
@@ -284,7 +303,11 @@ func (m *machine) authorities(a *pki.Authorities) ([]host.File, error) {
 	var files []host.File
 	for _, f := range made {
 		name := filepath.Join(m.paths.ServerTLS, filepath.FromSlash(f.Path))
-		if _, err := os.Lstat(name); err == nil {
+		torn, err := k3s.Torn(name)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := os.Lstat(name); err == nil && !torn || err != nil && !founder {
 			continue
 		}
 		files = append(files, host.File{
@@ -495,7 +518,7 @@ func (m *machine) ready(ctx context.Context) error {
 		}
 		return nil
 	}
-	state, err := waitReady(ctx, m.paths.KubeletKubeconfig, m.snapshot.Identity.InstanceID, watch, m.rec.doing)
+	state, err := waitReady(ctx, m.paths.KubeletKubeconfig, m.snapshot.Identity.InstanceID, m.unit.Started, watch, m.rec.doing)
 	if err != nil {
 		return m.whyNotReady(ctx, name, err)
 	}

@@ -32,6 +32,16 @@ type server struct {
 	address string // InternalIP
 }
 
+// census is how servers that are gone are told from those that are not.
+type census struct {
+	self string // this machine's node
+	// answers says whether something listens where a server's supervisor does.
+	answers func(ctx context.Context, address string) bool
+	// state is what EC2 says of an instance.
+	state func(ctx context.Context, id string) (instanceState, error)
+	rec   *recorder
+}
+
 // removeDead deletes the Nodes of servers whose instances EC2 says are gone and
 // that do not answer. k3s then removes their members from etcd. That has to be
 // done before another server joins: etcd takes nobody in while a member is
@@ -49,29 +59,38 @@ func (m *machine) removeDead(ctx context.Context, through string) {
 		return
 	}
 	defer api.close()
+	census{
+		self: m.snapshot.Identity.InstanceID, answers: answers, rec: m.rec,
+		state: func(ctx context.Context, id string) (instanceState, error) {
+			return instanceStateOf(ctx, m.aws, m.snapshot.Identity.ServicesDomain, id)
+		},
+	}.removeDead(ctx, api)
+}
+
+func (c census) removeDead(ctx context.Context, api *api) {
 	servers, err := api.servers(ctx)
 	if err != nil {
-		m.rec.warn("dead servers were not looked for: %s", oneLine(err))
+		c.rec.warn("dead servers were not looked for: %s", oneLine(err))
 		return
 	}
 	for _, s := range servers {
-		if s.name == m.snapshot.Identity.InstanceID || answers(ctx, s.address) {
+		if s.name == c.self || c.answers(ctx, s.address) {
 			continue
 		}
-		state, err := instanceStateOf(ctx, m.aws, m.snapshot.Identity.ServicesDomain, s.name)
+		state, err := c.state(ctx, s.name)
 		switch {
 		case err != nil:
-			m.rec.warn("server %s does not answer, and EC2 does not say whether it still exists (%s); if it is gone: kubectl delete node %s",
+			c.rec.warn("server %s does not answer, and EC2 does not say whether it still exists (%s); if it is gone: kubectl delete node %s",
 				s.name, oneLine(err), s.name)
 		case state != instanceGone:
-			m.rec.warn("server %s does not answer; its instance exists", s.name)
+			c.rec.warn("server %s does not answer; its instance exists", s.name)
 		default:
 			if err := api.deleteNode(ctx, s.name); err != nil {
-				m.rec.warn("the terminated server %s was not removed: %s; kubectl delete node %s", s.name, oneLine(err), s.name)
+				c.rec.warn("the terminated server %s was not removed: %s; kubectl delete node %s", s.name, oneLine(err), s.name)
 				continue
 			}
-			m.rec.changed()
-			m.rec.note("removed the terminated server %s from the cluster and from etcd", s.name)
+			c.rec.changed()
+			c.rec.note("removed the terminated server %s from the cluster and from etcd", s.name)
 		}
 	}
 }

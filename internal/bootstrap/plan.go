@@ -229,7 +229,7 @@ func (m *machine) plannedGeneration(before *k3s.Marker, known bool, membership k
 	if err != nil {
 		return nil, err
 	}
-	authorities, err := m.authorities(ca)
+	authorities, err := m.authorities(ca, true)
 	return append(files, authorities...), err
 }
 

@@ -32,12 +32,19 @@ const (
 	readyCall = 5 * time.Second
 	// maxNodeBytes bounds what is read of a Node.
 	maxNodeBytes = 2 << 20
+	// believedAfter is how long a node that is called Ready must have stayed so
+	// for it to be true whatever the clocks say: Kubernetes gives up a kubelet
+	// that is silent for 50 seconds.
+	believedAfter = 70 * time.Second
 )
 
 // nodeState is what the API server says of the node.
 type nodeState struct {
 	Known bool
 	Ready bool
+	// Heard is when kubelet last said so, in whole seconds of this machine's
+	// clock; zero if it is not told.
+	Heard time.Time
 	// Why is the condition's message while it is not Ready.
 	Why string
 	// Version is the kubelet's.
@@ -99,6 +106,7 @@ func (c *nodeClient) state(ctx context.Context) (nodeState, error) {
 			} `json:"nodeInfo"`
 			Conditions []struct {
 				Type, Status, Reason, Message string
+				LastHeartbeatTime             time.Time
 			} `json:"conditions"`
 		} `json:"status"`
 	}
@@ -108,15 +116,17 @@ func (c *nodeClient) state(ctx context.Context) (nodeState, error) {
 	s := nodeState{Known: true, Version: node.Status.NodeInfo.KubeletVersion, Why: "kubelet has not reported yet"}
 	for _, c := range node.Status.Conditions {
 		if c.Type == "Ready" {
-			s.Ready, s.Why = c.Status == "True", c.Message
+			s.Ready, s.Why, s.Heard = c.Status == "True", c.Message, c.LastHeartbeatTime
 		}
 	}
 	return s, nil
 }
 
-// waitReady waits until the API server says that the node is Ready. watch is
-// asked at every look whether waiting still makes sense.
-func waitReady(ctx context.Context, kubeconfig, node string, watch func(ctx context.Context) error, doing func(string, ...any)) (nodeState, error) {
+// waitReady waits until the API server says that the node is Ready, and has
+// heard so from the kubelet that began at since: after a reboot the Node still
+// says what it said before, for most of a minute. watch is asked at every look
+// whether waiting still makes sense.
+func waitReady(ctx context.Context, kubeconfig, node string, since time.Time, watch func(ctx context.Context) error, doing func(string, ...any)) (nodeState, error) {
 	var client *nodeClient
 	defer func() {
 		if client != nil {
@@ -125,6 +135,7 @@ func waitReady(ctx context.Context, kubeconfig, node string, watch func(ctx cont
 	}()
 	last := nodeState{Why: "k3s has not written the kubelet's kubeconfig"}
 	var lastErr error
+	var readySince time.Time // by the clock that nobody sets
 	for {
 		if err := watch(ctx); err != nil {
 			return last, err
@@ -139,8 +150,16 @@ func waitReady(ctx context.Context, kubeconfig, node string, watch func(ctx cont
 			var s nodeState
 			if s, err = client.state(ctx); err == nil {
 				last = s
-				if s.Ready {
+				switch {
+				case !s.Ready:
+					readySince = time.Time{}
+				case !s.Heard.Before(since.Truncate(time.Second)), !readySince.IsZero() && time.Since(readySince) > believedAfter:
 					return s, nil
+				default:
+					last.Ready, last.Why = false, "kubelet has not reported since it was started"
+					if readySince.IsZero() {
+						readySince = time.Now()
+					}
 				}
 			}
 		}

@@ -59,19 +59,29 @@ func answer(status int, body string) http.HandlerFunc {
 func watchNothing(context.Context) error { return nil }
 
 func TestWaitingForANodeToBeReady(t *testing.T) {
+	began := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	heardAt := func(ready string, at time.Time) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprintf(w, `{"status":{"nodeInfo":{"kubeletVersion":"v1.36.2+k3s1"},"conditions":[{"type":"Ready","status":%q,"lastHeartbeatTime":%q}]}}`, ready, at.Format(time.RFC3339))
+		}
+	}
 	for _, tt := range []struct {
 		name    string
 		answers []http.HandlerFunc
 		code    fault.Code // "" for Ready
 		says    string
+		since   time.Time
 	}{
-		{"ready at once", []http.HandlerFunc{nodeIs("True", "kubelet is posting ready status")}, "", ""},
-		{"after everything else", []http.HandlerFunc{answer(503, "starting"), answer(403, "{}"), answer(404, "{}"), answer(200, "{}"), nodeIs("False", "no CNI"), nodeIs("True", "")}, "", ""},
-		{"not an answer of an API server, then one", []http.HandlerFunc{answer(200, "<html>"), nodeIs("True", "")}, "", ""},
-		{"never registered", []http.HandlerFunc{answer(404, "{}")}, CodeNodeNotRegistered, "has not registered"},
-		{"never ready", []http.HandlerFunc{nodeIs("False", "cni plugin not initialized")}, CodeNodeNotReady, "cni plugin not initialized"},
-		{"ready is unknown", []http.HandlerFunc{nodeIs("Unknown", "kubelet stopped posting")}, CodeNodeNotReady, "stopped posting"},
-		{"errors only", []http.HandlerFunc{answer(500, "")}, CodeNodeNotRegistered, "500"},
+		{"ready at once", []http.HandlerFunc{nodeIs("True", "kubelet is posting ready status")}, "", "", time.Time{}},
+		{"after everything else", []http.HandlerFunc{answer(503, "starting"), answer(403, "{}"), answer(404, "{}"), answer(200, "{}"), nodeIs("False", "no CNI"), nodeIs("True", "")}, "", "", time.Time{}},
+		{"not an answer of an API server, then one", []http.HandlerFunc{answer(200, "<html>"), nodeIs("True", "")}, "", "", time.Time{}},
+		{"never registered", []http.HandlerFunc{answer(404, "{}")}, CodeNodeNotRegistered, "has not registered", time.Time{}},
+		{"never ready", []http.HandlerFunc{nodeIs("False", "cni plugin not initialized")}, CodeNodeNotReady, "cni plugin not initialized", time.Time{}},
+		{"ready is unknown", []http.HandlerFunc{nodeIs("Unknown", "kubelet stopped posting")}, CodeNodeNotReady, "stopped posting", time.Time{}},
+		{"errors only", []http.HandlerFunc{answer(500, "")}, CodeNodeNotRegistered, "500", time.Time{}},
+		{"ready as it was before a reboot, then not, then again", []http.HandlerFunc{heardAt("True", began.Add(-time.Minute)), heardAt("False", began), heardAt("True", began.Add(time.Second))}, "", "", began},
+		{"ready in the very second", []http.HandlerFunc{heardAt("True", began)}, "", "", began.Add(900 * time.Millisecond)},
+		{"ready as it was before a reboot, for ever", []http.HandlerFunc{heardAt("True", began.Add(-time.Second))}, CodeNodeNotReady, "has not reported since", began},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -82,7 +92,7 @@ func TestWaitingForANodeToBeReady(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), within)
 			defer cancel()
-			state, err := waitReady(ctx, kubeconfig, "i-1", watchNothing, func(string, ...any) {})
+			state, err := waitReady(ctx, kubeconfig, "i-1", tt.since, watchNothing, func(string, ...any) {})
 			if fault.CodeOf(err) != tt.code || (err == nil) != (tt.code == "") {
 				t.Fatalf("%q: %v", fault.CodeOf(err), err)
 			}
@@ -100,16 +110,16 @@ func TestWaitingEndsWithItsReason(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "kubelet.kubeconfig")
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if _, err := waitReady(ctx, missing, "i-1", watchNothing, func(string, ...any) {}); fault.CodeOf(err) != CodeNodeNotRegistered || !strings.Contains(err.Error(), "kubeconfig") {
+	if _, err := waitReady(ctx, missing, "i-1", time.Time{}, watchNothing, func(string, ...any) {}); fault.CodeOf(err) != CodeNodeNotRegistered || !strings.Contains(err.Error(), "kubeconfig") {
 		t.Errorf("without a kubeconfig: %v", err)
 	}
 	loops := fault.Passing(systemd.CodeUnitLoops, nil, "", "k3s does not stay up")
-	if _, err := waitReady(t.Context(), missing, "i-1", func(context.Context) error { return loops }, func(string, ...any) {}); !errors.Is(err, loops) {
+	if _, err := waitReady(t.Context(), missing, "i-1", time.Time{}, func(context.Context) error { return loops }, func(string, ...any) {}); !errors.Is(err, loops) {
 		t.Errorf("with a k3s that ends: %v", err)
 	}
 	interrupted, stop := context.WithCancel(t.Context())
 	stop()
-	if _, err := waitReady(interrupted, missing, "i-1", watchNothing, func(string, ...any) {}); !errors.Is(err, context.Canceled) {
+	if _, err := waitReady(interrupted, missing, "i-1", time.Time{}, watchNothing, func(string, ...any) {}); !errors.Is(err, context.Canceled) {
 		t.Errorf("told to end: %v", err)
 	}
 }

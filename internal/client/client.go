@@ -41,6 +41,10 @@ const (
 	maxAttempts = 6
 	firstDelay  = 200 * time.Millisecond
 	maxDelay    = 3 * time.Second
+	// firstTurn is how long at least a call that finds the server busy waits for
+	// its turn; a longer Change.Wait is for that, too. A place becomes free after
+	// each submit that is being worked on.
+	firstTurn = 15 * time.Second
 	// maxRetryAfter is the longest Retry-After that is waited for: beyond it
 	// (a full disk, say) a person would rather have the answer now.
 	maxRetryAfter = 10 * time.Second
@@ -235,6 +239,8 @@ type call struct {
 	size int64
 	// timeout bounds all attempts together.
 	timeout time.Duration
+	// patience is how long the caller waits for what the call is to do.
+	patience time.Duration
 }
 
 // do sends the call until it is answered with anything but a passing failure.
@@ -248,6 +254,8 @@ func (c *Client) do(ctx context.Context, k call) (*http.Response, error) {
 		InitialInterval: firstDelay, RandomizationFactor: 0.3, Multiplier: 2, MaxInterval: maxDelay,
 	}
 	delays.Reset()
+	patience := max(k.patience, firstTurn)
+	began, waited := time.Now(), time.Duration(0)
 	rejected := ""
 	for attempt := 1; ; attempt++ {
 		token, err := c.token(ctx, rejected)
@@ -266,7 +274,7 @@ func (c *Client) do(ctx context.Context, k call) (*http.Response, error) {
 				continue
 			}
 		}
-		delay, again := retryDelay(err, attempt, delays)
+		delay, again := retryDelay(err, attempt, delays, patience-max(waited, time.Since(began)))
 		if !again || ctx.Err() != nil {
 			return nil, err
 		}
@@ -279,6 +287,7 @@ func (c *Client) do(ctx context.Context, k call) (*http.Response, error) {
 		if c.o.Sleep(ctx, delay) != nil {
 			return nil, err
 		}
+		waited += delay
 	}
 }
 
@@ -295,10 +304,18 @@ func unauthenticated(err error) bool {
 	return errors.As(err, &problem) && problem.Status == http.StatusUnauthorized
 }
 
-func retryDelay(err error, attempt int, delays *backoff.ExponentialBackOff) (time.Duration, bool) {
+// retryDelay is before the next attempt, if there is to be one; left is how much
+// of the caller's patience there is.
+func retryDelay(err error, attempt int, delays *backoff.ExponentialBackOff, left time.Duration) (time.Duration, bool) {
 	delay := delays.NextBackOff()
 	var problem *ProblemError
 	if errors.As(err, &problem) {
+		if problem.Retryable && problem.Status == http.StatusTooManyRequests {
+			// A turn comes for all who go on asking. Those who were told the same
+			// time do not come back at once.
+			delay += problem.RetryAfter
+			return delay, delay <= left || attempt < maxAttempts && problem.RetryAfter <= maxRetryAfter
+		}
 		switch {
 		case !problem.Retryable, problem.RetryAfter > maxRetryAfter:
 			return 0, false

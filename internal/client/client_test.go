@@ -597,3 +597,38 @@ func TestCertificateThatIsNotTrustedIsNotTriedAgain(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestBusyServerIsAskedForAsLongAsTheCallerWaits(t *testing.T) {
+	busy := problem(429, "too-many-submits", true, "2")
+	handlers := make([]http.HandlerFunc, 0, 2*maxAttempts+1)
+	for range 2 * maxAttempts {
+		handlers = append(handlers, busy)
+	}
+	a := serve(t, append(handlers, answer(201, hello(v1alpha1.StateReady)))...)
+	if _, err := a.client.Put(t.Context(), "hello", module("\x00asm"), Change{Wait: 5 * time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.requests) != 2*maxAttempts+1 {
+		t.Errorf("%d requests", len(a.requests))
+	}
+	for _, test := range []struct{ wait, least, most time.Duration }{
+		{0, firstTurn / 2, firstTurn + 10*time.Second},
+		{2 * time.Minute, 100 * time.Second, 2 * time.Minute},
+	} {
+		a := serve(t, busy)
+		_, err := a.client.Put(t.Context(), "hello", module("\x00asm"), Change{Wait: test.wait})
+		var p *ProblemError
+		if !errors.As(err, &p) || p.Code() != "too-many-submits" {
+			t.Errorf("%v", err)
+		}
+		var waited time.Duration
+		for _, d := range a.slept {
+			if waited += d; d < 2*time.Second {
+				t.Errorf("Retry-After was not kept: %v", a.slept)
+			}
+		}
+		if waited < test.least || waited > test.most {
+			t.Errorf("with --wait %s it went on for %s in %d requests", test.wait, waited, len(a.requests))
+		}
+	}
+}

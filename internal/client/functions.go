@@ -29,9 +29,50 @@ type Settings struct {
 	Runtime *v1alpha1.FunctionRuntime `json:"runtime,omitempty"`
 	Host    *string                   `json:"host,omitempty"`
 	Routes  *[]string                 `json:"routes,omitempty"`
+	// NodeSelector are labels of the nodes that run it, by name; a nil value
+	// removes the label. AnyNode removes all that were there before.
+	NodeSelector map[string]*string `json:"-"`
+	AnyNode      bool               `json:"-"`
+	// Autoscaling changes what is not nil; FixedSize removes all of it before.
+	Autoscaling Autoscaling `json:"-"`
+	FixedSize   bool        `json:"-"`
 	// Env and Secrets by name; a nil value removes the variable.
 	Env     map[string]*string `json:"env,omitempty"`
 	Secrets map[string]*string `json:"secrets,omitempty"`
+}
+
+// Autoscaling says how many pods a spin function has. What is nil stays; 0 and ""
+// are the default.
+type Autoscaling struct {
+	Autoscaler       *v1alpha1.Autoscaler `json:"autoscaler,omitempty"`
+	MinReplicas      *int                 `json:"minReplicas,omitempty"`
+	MaxReplicas      *int                 `json:"maxReplicas,omitempty"`
+	TargetCPUPercent *int                 `json:"targetCPUPercent,omitempty"`
+}
+
+// MarshalJSON writes the merge patch that the API takes. One cannot remove a
+// group and set a part of it at once: what is removed is removed.
+func (s Settings) MarshalJSON() ([]byte, error) {
+	type plain Settings
+	document := struct {
+		plain
+		Placement   any `json:"placement,omitempty"`
+		Autoscaling any `json:"autoscaling,omitempty"`
+	}{plain: plain(s)}
+	null := json.RawMessage("null")
+	switch {
+	case s.AnyNode:
+		document.Placement = null
+	case len(s.NodeSelector) > 0:
+		document.Placement = map[string]any{"nodeSelector": s.NodeSelector}
+	}
+	switch {
+	case s.FixedSize:
+		document.Autoscaling = null
+	case s.Autoscaling != (Autoscaling{}):
+		document.Autoscaling = s.Autoscaling
+	}
+	return json.Marshal(document)
 }
 
 // String keeps secret values out of logs and errors.
@@ -40,7 +81,8 @@ func (s Settings) String() string { return "settings" }
 // Empty says whether nothing would change.
 func (s Settings) Empty() bool {
 	return s.MemoryMiB == nil && s.TimeoutMS == nil && s.Concurrency == nil && len(s.Env) == 0 && len(s.Secrets) == 0 &&
-		s.Runtime == nil && s.Host == nil && s.Routes == nil
+		s.Runtime == nil && s.Host == nil && s.Routes == nil &&
+		len(s.NodeSelector) == 0 && !s.AnyNode && s.Autoscaling == (Autoscaling{}) && !s.FixedSize
 }
 
 // Source is what a function is made of: exactly one of Module and Image.
@@ -97,7 +139,7 @@ func (c *Client) Put(ctx context.Context, name string, src Source, ch Change) (v
 	var f v1alpha1.Function
 	k := call{
 		method: http.MethodPut, path: functionPath(name),
-		query: ch.query(), header: ch.header(),
+		query: ch.query(), header: ch.header(), patience: ch.Wait,
 	}
 	switch {
 	case src.Image != "":
@@ -202,7 +244,7 @@ func (c *Client) Patch(ctx context.Context, name string, ch Change) (v1alpha1.Fu
 	}
 	k := call{
 		method: http.MethodPatch, path: functionPath(name), query: ch.query(), header: ch.header(),
-		body: body, size: size, timeout: ch.Wait + readyAllowance,
+		body: body, size: size, timeout: ch.Wait + readyAllowance, patience: ch.Wait,
 	}
 	k.query.Del("tenant") // a function keeps its tenant
 	k.header.Set("Content-Type", "application/merge-patch+json")
@@ -216,7 +258,7 @@ func (c *Client) Rollback(ctx context.Context, name string, revision int, ch Cha
 	var f v1alpha1.Function
 	k := call{
 		method: http.MethodPost, path: functionPath(name, "rollback"), query: ch.query(), header: ch.header(),
-		timeout: ch.Wait + readyAllowance,
+		timeout: ch.Wait + readyAllowance, patience: ch.Wait,
 	}
 	k.query.Del("tenant")
 	if revision > 0 {

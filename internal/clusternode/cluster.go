@@ -61,6 +61,15 @@ type Options struct {
 	Metadata *imds.Client
 	// DrainOnRebalance evicts on a rebalance recommendation too.
 	DrainOnRebalance bool
+	// Heartbeat is how often the condition of the node is written when it does
+	// not change; 0 means node.DefaultHeartbeat.
+	Heartbeat time.Duration
+	// ShimInterval is how often containerd and the node's shims are looked at
+	// for changes; 0 means shim.DefaultWatchInterval.
+	ShimInterval time.Duration
+	// NoticeInterval is how often instance metadata is asked for notices; 0
+	// means imds.DefaultInterval.
+	NoticeInterval time.Duration
 	// MaintenanceLead is how long before a scheduled event the node is
 	// emptied (default 10 min).
 	MaintenanceLead time.Duration
@@ -116,6 +125,11 @@ type cluster struct {
 	containerd, runtimes, shims, kubernetes, images, metadata, interruption, spotServer *health.Check
 	imagesTurn                                                                          *health.Loop
 
+	// heard holds a token when the API server was lost or found by whoever
+	// watches it; unheard is maintain's own: which of the two it was last.
+	heard   chan struct{}
+	unheard bool
+
 	mu       sync.Mutex
 	monitor  *shim.Monitor
 	loop     *images.Loop
@@ -145,6 +159,7 @@ func newCluster(o Options, p agent.ClusterParts) (*cluster, error) {
 	}
 	c := &cluster{
 		o: o, log: p.Logger, store: p.Store, live: p.SetLive, state: p.StateDir, run: p.RunDir, metrics: p.Metrics, registry: p.Health,
+		heard: make(chan struct{}, 1),
 	}
 	instance := o.Pod
 	if instance == "" {
@@ -154,7 +169,7 @@ func newCluster(o Options, p agent.ClusterParts) (*cluster, error) {
 	c.recorder = node.NewRecorder(o.Clients.Node, instance, options)
 	options.Events = c.recorder
 	c.labels = node.NewLabels(o.Clients, shim.DefaultStaleAfter, options)
-	c.condition = node.NewCondition(o.Clients, 0, options)
+	c.condition = node.NewCondition(o.Clients, o.Heartbeat, options)
 	c.taints = node.NewTaints(o.Clients, options)
 	var err error
 	if c.imagesNote, err = node.NewNote(o.Clients, images.ConditionType, options); err != nil {
@@ -168,7 +183,7 @@ func newCluster(o Options, p agent.ClusterParts) (*cluster, error) {
 		return nil, fmt.Errorf("register the metrics of draining: %w", err)
 	}
 	if o.Metadata != nil {
-		if c.watcher, err = imds.NewWatcher(o.Metadata, imds.WatcherOptions{Logger: p.Logger, Metrics: p.Metrics}); err != nil {
+		if c.watcher, err = imds.NewWatcher(o.Metadata, imds.WatcherOptions{Interval: o.NoticeInterval, Logger: p.Logger, Metrics: p.Metrics}); err != nil {
 			return nil, err
 		}
 	}
@@ -345,7 +360,7 @@ func (c *cluster) withContainerd(ctx context.Context) error {
 	defer cri.Close()
 	var binaries shim.BinaryCache
 	monitor, err := shim.NewMonitor(shim.MonitorOptions{
-		Node: shimNode, Logger: c.log,
+		Node: shimNode, WatchInterval: c.o.ShimInterval, Logger: c.log,
 		Discover: func(ctx context.Context, server shim.Server) (shim.Inventory, error) {
 			return shim.Discover(ctx, shim.DiscoverOptions{
 				Root: c.o.HostRoot, Proc: c.hostProc(), ContainerdPID: server.PID,
@@ -547,7 +562,7 @@ func (c *cluster) proven(handler string) (shim.State, bool) {
 }
 
 // conclude turns proofs into the node's labels, condition and taint whenever
-// they change, and again every minute.
+// they change, when the API server is lost or found, and again every minute.
 func (c *cluster) conclude(ctx context.Context, monitor *shim.Monitor, source *images.Kubernetes) {
 	changed, stop := monitor.Subscribe()
 	defer stop()
@@ -590,6 +605,8 @@ func (c *cluster) conclude(ctx context.Context, monitor *shim.Monitor, source *i
 			timer.Stop()
 			return
 		case <-changed:
+			timer.Stop()
+		case <-c.heard:
 			timer.Stop()
 		case <-timer.C:
 		}
@@ -786,6 +803,20 @@ func (c *cluster) reportDrain() {
 	c.interruption.Fail(message, "")
 }
 
+// hear takes in whether the API server is heard by those who watch it. What is
+// watched ends with it; nobody should have to wait for the next minute to read
+// that it is away, or back.
+func (c *cluster) hear(server bool) {
+	if server != c.unheard {
+		return
+	}
+	c.unheard = !server
+	select {
+	case c.heard <- struct{}{}:
+	default:
+	}
+}
+
 func (c *cluster) reportImages() {
 	c.mu.Lock()
 	loop := c.loop
@@ -795,6 +826,7 @@ func (c *cluster) reportImages() {
 		return
 	}
 	s, _ := loop.Status()
+	c.hear(s.StaleSince.IsZero())
 	if s.LastPass.IsZero() || time.Since(s.LastPass) < loopSilence {
 		c.imagesTurn.Beat()
 	}

@@ -58,3 +58,18 @@ func TestLabelsAndConditionFollowProofs(t *testing.T) {
 		})
 	}
 }
+
+func TestALostAPIServerIsLookedIntoAtOnceAndOnce(t *testing.T) {
+	c := &cluster{heard: make(chan struct{}, 1)}
+	for i, step := range []struct{ server, look bool }{{true, false}, {false, true}, {false, false}, {true, true}, {true, false}, {false, true}} {
+		c.hear(step.server)
+		if look := len(c.heard) == 1; look != step.look {
+			t.Errorf("step %d: looked into %t, want %t", i, look, step.look)
+		}
+		for range len(c.heard) {
+			<-c.heard
+		}
+	}
+	c.hear(true)
+	c.hear(false) // nobody looks yet, and nobody waits for that
+}

@@ -16,6 +16,10 @@ const (
 	maxSimulation = time.Hour
 	// simulatedID tells a simulated notice from one that EC2 announced.
 	simulatedID = "simulated"
+	// spotLead is how long before it takes a Spot instance EC2 says so, and
+	// spotSlack by how much its word and a good clock may differ.
+	spotLead  = 2 * time.Minute
+	spotSlack = 30 * time.Second
 )
 
 // drainer is what notices are passed on to; *node.Drainer is one.
@@ -73,12 +77,29 @@ func (n *notices) settleLocked() {
 		if old, ok := n.known[key]; ok && old.Deadline.Equal(notice.Deadline) {
 			continue
 		}
+		if notice.Kind == node.SpotInterruption && notice.ID != simulatedID {
+			notice.Deadline = n.plausible(notice.Deadline)
+		}
 		n.log.Warn("this node is about to be left", "kind", notice.Kind, "id", notice.ID, "deadline", notice.Deadline)
 		if err := n.drainer.Notify(notice); err != nil {
 			n.log.Error("notice not acted upon", "kind", notice.Kind, "id", notice.ID, "err", err)
 		}
 	}
 	n.known = current
+}
+
+// plausible returns when a Spot instance goes. EC2 says so two minutes ahead: by
+// a clock that is an hour fast the notice would have proved empty already, and
+// the node be given back, and by one that is slow pods would be left until they
+// are cut off.
+func (n *notices) plausible(announced time.Time) time.Time {
+	now := n.now()
+	if left := announced.Sub(now); left >= 0 && left <= spotLead+spotSlack {
+		return announced
+	}
+	n.log.Warn("this machine's clock is wrong: EC2 announces an interruption two minutes ahead; two minutes from now are assumed",
+		"announced", announced, "now", now)
+	return now.Add(spotLead)
 }
 
 func (n *notices) currentLocked() []node.Notice {

@@ -69,6 +69,40 @@ func TestEveryAnnouncementReachesTheDrainerOnce(t *testing.T) {
 	}
 }
 
+func TestAWrongClockNeitherEmptiesANoticeNorGivesItTimeThatIsNotThere(t *testing.T) {
+	for name, test := range map[string]struct {
+		wrong time.Duration
+		want  string
+	}{
+		"right":          {0, "12:02:00"},
+		"a bit fast":     {time.Minute, "12:02:00"},
+		"a bit slow":     {-20 * time.Second, "12:02:00"},
+		"an hour fast":   {time.Hour, "13:02:00"}, // in two minutes, as this clock has it
+		"an hour slow":   {-time.Hour, "11:02:00"},
+		"years slow":     {-20 * 365 * 24 * time.Hour, "12:02:00"},
+		"minutes fast":   {3 * time.Minute, "12:05:00"},
+		"a minute slow":  {-time.Minute, "12:01:00"},
+		"years, forward": {365 * 24 * time.Hour, "12:02:00"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got told
+			n := newNotices(&got, 10*time.Minute, slog.New(slog.DiscardHandler))
+			now := noon.Add(test.wrong)
+			n.now = func() time.Time { return now }
+			spot := imds.Notices{Spot: &imds.SpotAction{Action: imds.ActionTerminate, Time: noon.Add(2 * time.Minute)}}
+			n.settle(spot)
+			// Said once, however the clock goes on: a deadline that moves is none.
+			for _, by := range []time.Duration{5 * time.Second, time.Hour, -2 * time.Hour} {
+				now = now.Add(by)
+				n.settle(spot)
+			}
+			if d := cmp.Diff([]string{"notify spot-interruption/ at " + test.want}, []string(got)); d != "" {
+				t.Error(d)
+			}
+		})
+	}
+}
+
 func TestSimulationsEndAndGiveWayToTheRealThing(t *testing.T) {
 	var got told
 	n := newNotices(&got, time.Minute, slog.New(slog.DiscardHandler))

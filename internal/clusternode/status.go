@@ -48,7 +48,7 @@ func (c *cluster) Sections(s *health.Sections) {
 	if d := c.drainer.Status(); d.Phase != node.DrainIdle {
 		s.Interruption = &v1alpha1.InterruptionStatus{
 			Kind: string(d.Notice.Kind), Simulated: d.Notice.ID == simulatedID, Phase: string(d.Phase), Since: d.Since,
-			Deadline: timeOrNil(d.Notice.Deadline), Pods: d.Total, Gone: d.Gone, Terminating: d.Terminating,
+			Deadline: timeOrNil(d.Notice.Deadline.UTC()), Pods: d.Total, Gone: d.Gone, Terminating: d.Terminating,
 			Blocked: d.Blocked, Forced: d.Forced, Left: d.Left, Error: d.LastError,
 		}
 	}

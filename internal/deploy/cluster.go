@@ -7,16 +7,17 @@ import (
 	"log/slog"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
-	"k8s.io/client-go/metadata/metadatainformer"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
@@ -84,11 +85,9 @@ type Cluster struct {
 	client  kubernetes.Interface
 	dynamic dynamic.Interface
 
-	typed    informers.SharedInformerFactory
-	meta     []metadatainformer.SharedInformerFactory
-	ingress  cache.SharedIndexInformer
-	spinApps cache.SharedIndexInformer
-	deploys  cache.SharedIndexInformer
+	ingress, spinApps, deploys *watched
+	// telling is held while Notify is called: there are three watches.
+	telling sync.Mutex
 }
 
 // NewCluster checks o and connects to nothing yet.
@@ -124,45 +123,45 @@ func NewCluster(o Options) (*Cluster, error) {
 		return nil, fmt.Errorf("make a client of the API server: %w", err)
 	}
 
-	c.typed = informers.NewSharedInformerFactory(c.client, 0)
-	c.ingress = c.typed.Networking().V1().Ingresses().Informer()
-	labelled := func(gvr schema.GroupVersionResource, selector string) cache.SharedIndexInformer {
-		f := metadatainformer.NewFilteredSharedInformerFactory(names, 0, metav1.NamespaceAll, func(l *metav1.ListOptions) { l.LabelSelector = selector })
-		c.meta = append(c.meta, f)
-		return f.ForResource(gvr).Informer()
+	c.ingress = newWatched("Ingresses", &networkingv1.Ingress{}, cache.Indexers{
+		cache.NamespaceIndex: cache.MetaNamespaceIndexFunc,
+		byHost: func(obj any) ([]string, error) {
+			i, ok := obj.(*networkingv1.Ingress)
+			if !ok {
+				return nil, nil
+			}
+			return hostsOf(i), nil
+		},
+	})
+	ingresses := c.client.NetworkingV1().Ingresses(metav1.NamespaceAll)
+	c.ingress.list = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return ingresses.List(ctx, o) }
+	c.ingress.watch = ingresses.Watch
+	labelled := func(gvr schema.GroupVersionResource, selector string) *watched {
+		w := newWatched(gvr.Resource, &metav1.PartialObjectMetadata{}, cache.Indexers{})
+		objects := names.Resource(gvr)
+		w.list = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			o.LabelSelector = selector
+			return objects.List(ctx, o)
+		}
+		w.watch = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.LabelSelector = selector
+			return objects.Watch(ctx, o)
+		}
+		return w
 	}
 	c.spinApps = labelled(spinAppsGVR, ManagedByLabel+"="+FieldManager)
 	c.deploys = labelled(deploymentsGVR, AppNameLabel)
-	err = c.ingress.AddIndexers(cache.Indexers{byHost: func(obj any) ([]string, error) {
-		i, ok := obj.(*networkingv1.Ingress)
-		if !ok {
-			return nil, nil
-		}
-		return hostsOf(i), nil
-	}})
-	for _, informer := range []cache.SharedIndexInformer{c.ingress, c.spinApps, c.deploys} {
-		err = errors.Join(err, informer.SetTransform(dropManagedFields), informer.SetWatchErrorHandlerWithContext(c.watchFailed))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("prepare the watches: %w", err)
+	for _, w := range c.watches() {
+		w.failed = c.watchFailed
 	}
 	return c, nil
 }
 
-// dropManagedFields keeps the caches small: they are half of many objects.
-func dropManagedFields(obj any) (any, error) {
-	if m, ok := obj.(metav1.Object); ok {
-		m.SetManagedFields(nil)
-	}
-	return obj, nil
-}
+func (c *Cluster) watches() []*watched { return []*watched{c.ingress, c.spinApps, c.deploys} }
 
-// watchFailed is told of watches that end. The informer tries again by
-// itself; a cluster without SpinKube has no SpinApps to watch, which is usual.
-func (c *Cluster) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
-	if ctx.Err() == nil && !kindMissing(err) {
-		c.o.Logger.WarnContext(ctx, "a watch of the cluster ended and is begun again", "error", err)
-	}
+// watchFailed is told of what cannot be watched. It is tried again without end.
+func (c *Cluster) watchFailed(ctx context.Context, what string, err error) {
+	c.o.Logger.WarnContext(ctx, "the cluster cannot be watched right now, and is tried again", "objects", what, "error", err)
 }
 
 func hostsOf(i *networkingv1.Ingress) []string {
@@ -177,31 +176,25 @@ func hostsOf(i *networkingv1.Ingress) []string {
 
 // Run watches until ctx ends and tells n what changed. It is called once.
 func (c *Cluster) Run(ctx context.Context, n Notify) error {
-	if err := c.subscribe(n); err != nil {
-		return err
+	c.subscribe(n)
+	var running sync.WaitGroup
+	for _, w := range c.watches() {
+		running.Go(func() { w.run(ctx) })
 	}
-	c.typed.StartWithContext(ctx)
-	for _, f := range c.meta {
-		f.Start(ctx.Done())
-	}
-	<-ctx.Done()
-	c.typed.Shutdown()
-	for _, f := range c.meta {
-		f.Shutdown()
-	}
+	running.Wait()
 	return nil
 }
 
 // WaitSynced waits until the watches have seen all there is, or ctx ends.
 // SpinApps are not waited for: the cluster may not know them.
 func (c *Cluster) WaitSynced(ctx context.Context) error {
-	if !cache.WaitForCacheSync(ctx.Done(), c.ingress.HasSynced, c.deploys.HasSynced) {
+	if !cache.WaitForCacheSync(ctx.Done(), c.ingress.hasSynced, c.deploys.hasSynced) {
 		return fmt.Errorf("read the cluster's Ingresses and Deployments: %w", context.Cause(ctx))
 	}
 	return nil
 }
 
-func (c *Cluster) subscribe(n Notify) error {
+func (c *Cluster) subscribe(n Notify) {
 	function := func(namespace, name string) {
 		if n.Function != nil {
 			n.Function(namespace, name)
@@ -212,12 +205,12 @@ func (c *Cluster) subscribe(n Notify) error {
 			n.Hosts()
 		}
 	}
-	named := handle(func(_, obj any) {
+	named := func(_, obj any) {
 		if m, ok := obj.(metav1.Object); ok {
 			function(m.GetNamespace(), m.GetName())
 		}
-	})
-	ingress := handle(func(old, obj any) {
+	}
+	ingress := func(old, obj any) {
 		i, ok := obj.(*networkingv1.Ingress)
 		if !ok {
 			return
@@ -245,13 +238,14 @@ func (c *Cluster) subscribe(n Notify) error {
 				}
 			}
 		}
-	})
-	for informer, handler := range map[cache.SharedIndexInformer]cache.ResourceEventHandler{c.spinApps: named, c.deploys: named, c.ingress: ingress} {
-		if _, err := informer.AddEventHandler(handler); err != nil {
-			return fmt.Errorf("watch the cluster: %w", err)
+	}
+	for w, tell := range map[*watched]func(old, obj any){c.spinApps: named, c.deploys: named, c.ingress: ingress} {
+		w.changed = func(old, obj any) {
+			c.telling.Lock()
+			defer c.telling.Unlock()
+			tell(old, obj)
 		}
 	}
-	return nil
 }
 
 func hostsOfOrNone(i *networkingv1.Ingress) []string {
@@ -259,21 +253,6 @@ func hostsOfOrNone(i *networkingv1.Ingress) []string {
 		return nil
 	}
 	return hostsOf(i)
-}
-
-// handle makes a handler of one function of the old object, if any, and the
-// new one.
-func handle(f func(old, obj any)) cache.ResourceEventHandler {
-	return cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(obj any) { f(nil, obj) },
-		UpdateFunc: func(old, obj any) { f(old, obj) },
-		DeleteFunc: func(obj any) {
-			if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
-				obj = gone.Obj
-			}
-			f(nil, obj)
-		},
-	}
 }
 
 func sameAddress(a, b networkingv1.IngressLoadBalancerIngress) bool {
@@ -343,7 +322,7 @@ func (c *Cluster) TakenBy(host string, since time.Time) error {
 }
 
 func (c *Cluster) ingressesOf(host string) []*networkingv1.Ingress {
-	objs, err := c.ingress.GetIndexer().ByIndex(byHost, host)
+	objs, err := c.ingress.objects.ByIndex(byHost, host)
 	if err != nil {
 		return nil // the index is there since NewCluster
 	}
@@ -358,7 +337,7 @@ func (c *Cluster) ingressesOf(host string) []*networkingv1.Ingress {
 
 // cachedIngress returns an Ingress, which must not be changed; nil: none.
 func (c *Cluster) cachedIngress(namespace, name string) *networkingv1.Ingress {
-	obj, found, err := c.ingress.GetIndexer().GetByKey(namespace + "/" + name)
+	obj, found, err := c.ingress.objects.GetByKey(namespace + "/" + name)
 	if err != nil || !found {
 		return nil
 	}

@@ -148,13 +148,13 @@ func (e *NoBaseDomainError) Error() string {
 		strings.Join(e.Names, ", "), e.Names[0], setting)
 }
 
-// EnvError says that an environment variable cannot reach a guest of Spin.
+// EnvError says that a secret cannot reach a guest of Spin.
 type EnvError struct {
 	Name, Problem string
 }
 
 func (e *EnvError) Error() string {
-	return fmt.Sprintf("environment variable %s cannot become a variable of Spin: %s; rename it or use runtime resident", e.Name, e.Problem)
+	return fmt.Sprintf("the secret %s cannot become a variable of Spin: %s; rename it or use the runtime resident", e.Name, e.Problem)
 }
 
 // ExecutorError says that the namespace's executor cannot be used.

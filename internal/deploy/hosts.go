@@ -23,6 +23,9 @@ type Resident struct {
 	// Routes the paths below it (none: "/").
 	Host   string
 	Routes []string
+	// Leaving says that the function becomes a spin function: its host is the
+	// pods' as soon as their Ingress has it.
+	Leaving bool
 }
 
 // HostsOutcome is what Hosts.Reconcile found.
@@ -59,7 +62,7 @@ func (h *Hosts) Reconcile(ctx context.Context, functions []Resident) (HostsOutco
 
 	routes := make(map[string][]string)
 	for _, f := range functions {
-		if f.Host != "" {
+		if f.Host != "" && !(f.Leaving && leads(h.c.cachedIngress(f.Namespace, f.Name), f.Host, f.Routes)) {
 			routes[f.Host] = append(routes[f.Host], routesOf(f.Routes)...)
 		}
 	}
@@ -91,6 +94,25 @@ func (h *Hosts) Reconcile(ctx context.Context, functions []Resident) (HostsOutco
 	}
 	errs = append(errs, h.sweep(ctx, routes))
 	return out, errors.Join(errs...)
+}
+
+// leads says whether an Ingress, which may be nil, has one of the routes of a
+// host.
+func leads(i *networkingv1.Ingress, host string, routes []string) bool {
+	if i == nil {
+		return false
+	}
+	for _, r := range i.Spec.Rules {
+		if r.Host != host || r.HTTP == nil {
+			continue
+		}
+		for _, p := range r.HTTP.Paths {
+			if slices.Contains(routesOf(routes), p.Path) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // wildcard keeps the Ingress of own hosts and finds functions whose own host
@@ -154,7 +176,7 @@ func (h *Hosts) sweep(ctx context.Context, claimed map[string][]string) error {
 	for host := range claimed {
 		keep[hostIngressName(host)] = true
 	}
-	objs, err := h.c.ingress.GetIndexer().ByIndex(cache.NamespaceIndex, h.c.o.Namespace)
+	objs, err := h.c.ingress.objects.ByIndex(cache.NamespaceIndex, h.c.o.Namespace)
 	errs := []error{err}
 	for _, obj := range objs {
 		i, ok := obj.(*networkingv1.Ingress)

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/kube"
 )
 
@@ -330,22 +332,32 @@ func scaling(a *v1alpha1.FunctionAutoscaling) v1alpha1.FunctionAutoscaling {
 	return out
 }
 
-// variables makes Spin variables of a function's environment: SpinKube hands
-// them to Spin as SPIN_VARIABLE_<NAME>, and Spin knows names in lower case
-// (crates/expressions, Key). A guest reads them through wasi:config or
-// fermyon:spin/variables where its application declares them.
+// variables makes Spin variables of a function's environment. A guest reads them
+// through wasi:config or fermyon:spin/variables where its application declares
+// them, as those that Hearth publishes do.
 func variables(env []v1alpha1.EnvVar) ([]any, error) {
-	seen := make(map[string]string, len(env))
+	var plain, secrets []string
+	for _, e := range env {
+		if e.SecretKeyRef != nil {
+			secrets = append(secrets, e.Name)
+		} else {
+			plain = append(plain, e.Name)
+		}
+	}
+	names, err := function.SpinVariables(plain, secrets)
+	var bad *function.SpinNameError
+	if errors.As(err, &bad) {
+		return nil, &EnvError{Name: bad.Name, Problem: bad.Problem}
+	}
+	if err != nil {
+		return nil, err
+	}
 	out := make([]any, 0, len(env))
 	for _, e := range env {
-		name := strings.ToLower(e.Name)
-		if problem := variableProblem(name); problem != "" {
-			return nil, &EnvError{Name: e.Name, Problem: problem}
+		name, ok := names[e.Name]
+		if !ok {
+			continue // it is an environment variable only
 		}
-		if other, twice := seen[name]; twice {
-			return nil, &EnvError{Name: e.Name, Problem: fmt.Sprintf("it differs from %s only by case", other)}
-		}
-		seen[name] = e.Name
 		v := map[string]any{"name": name}
 		switch {
 		case e.SecretKeyRef != nil:
@@ -359,26 +371,6 @@ func variables(env []v1alpha1.EnvVar) ([]any, error) {
 		return strings.Compare(a.(map[string]any)["name"].(string), b.(map[string]any)["name"].(string))
 	})
 	return out, nil
-}
-
-// variableProblem says why Spin refuses a variable's name in lower case.
-func variableProblem(name string) string {
-	switch {
-	case name == "":
-		return "it has no name"
-	case name[0] < 'a' || name[0] > 'z':
-		return "Spin's names begin with a letter"
-	case name[len(name)-1] == '_':
-		return "Spin's names do not end with an underscore"
-	case strings.Contains(name, "__"):
-		return "Spin's names have no two underscores in a row"
-	}
-	for _, c := range []byte(name) {
-		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_' {
-			return "Spin's names are made of letters, digits and underscores"
-		}
-	}
-	return ""
 }
 
 // autoscaler renders the HorizontalPodAutoscaler or ScaledObject of a

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -32,8 +33,9 @@ const (
 	// pollRollout is between two looks at a rollout that is under way: a pod's
 	// troubles change no object that is watched.
 	pollRollout = time.Second
-	// settle is how old an Ingress is when controllers surely know of it.
-	settle = 2 * time.Second
+	// ingressLag is how long after a change of an Ingress controllers surely act
+	// on it: Traefik gathers changes for two seconds.
+	ingressLag = 5 * time.Second
 	// pollTrouble is between two looks at what waits for a person.
 	pollTrouble = 30 * time.Second
 	// resync is when what nobody watches (executor, autoscaler) is looked at.
@@ -78,7 +80,15 @@ type Outcome struct {
 
 // Spin brings functions with runtime spin to the cluster. It is safe for
 // concurrent use, but not for the same function.
-type Spin struct{ c *Cluster }
+type Spin struct {
+	c *Cluster
+	// unrouted are functions whose Ingress was removed, by UID, and when
+	// (time.Time). A leader that does not know waits once more.
+	unrouted sync.Map
+	// handed are functions whose custom host is led to the engines no more, by
+	// UID, and when that was seen (time.Time).
+	handed sync.Map
+}
 
 // NewSpin returns a reconciler over c, whose Run must be under way and synced.
 func NewSpin(c *Cluster) *Spin { return &Spin{c: c} }
@@ -104,8 +114,12 @@ func (s *Spin) Reconcile(ctx context.Context, in Input) (Outcome, error) {
 		return Outcome{Removed: true}, nil
 	}
 	if f.Spec.Runtime != v1alpha1.RuntimeSpin {
-		if err := s.remove(ctx, f); err != nil {
+		left, err := s.remove(ctx, f)
+		switch {
+		case err != nil:
 			return Outcome{RequeueAfter: pollRollout}, err
+		case left > 0:
+			return Outcome{RequeueAfter: left}, nil
 		}
 		return Outcome{Removed: true}, nil
 	}
@@ -214,7 +228,7 @@ func (s *Spin) takeOver(ctx context.Context, in Input, app *unstructured.Unstruc
 		return Outcome{}, err
 	}
 	i := s.c.cachedIngress(in.Function.Namespace, in.Function.Name)
-	if err == nil && i != nil && s.c.o.Now().Sub(i.CreationTimestamp.Time) > settle {
+	if err == nil && i != nil && s.c.o.Now().Sub(i.CreationTimestamp.Time) > ingressLag && s.handedOver(in.Function) {
 		return out, nil
 	}
 	out.Node.Progress, out.Node.Serving, out.Phases, out.RequeueAfter = v1alpha1.ProgressLoading, 0, nil, pollRollout
@@ -222,6 +236,24 @@ func (s *Spin) takeOver(ctx context.Context, in Input, app *unstructured.Unstruc
 		out.Node.Error, out.Node.Retrying, out.RequeueAfter = functionError(err), true, pollTrouble
 	}
 	return out, err
+}
+
+// handedOver says whether no controller of Ingresses leads the function's custom
+// host to the engines any more.
+func (s *Spin) handedOver(f *kube.Function) bool {
+	if f.Spec.Host == "" {
+		return true
+	}
+	if leads(s.c.cachedIngress(s.c.o.Namespace, hostIngressName(f.Spec.Host)), f.Spec.Host, f.Spec.Routes) {
+		s.handed.Delete(f.UID)
+		return false
+	}
+	since, _ := s.handed.LoadOrStore(f.UID, s.c.o.Now())
+	if s.c.o.Now().Sub(since.(time.Time)) <= ingressLag {
+		return false
+	}
+	s.handed.Delete(f.UID)
+	return true
 }
 
 // claim says whether an object under the function's name is in the way: for a
@@ -392,13 +424,16 @@ func (s *Spin) removeIngress(ctx context.Context, f *kube.Function) error {
 }
 
 // remove takes away what an earlier runtime spin left. The SpinApp goes last:
-// while it is there, so may be the rest. A function that never was spin costs
-// no request once the watch of SpinApps has seen them all.
-func (s *Spin) remove(ctx context.Context, f *kube.Function) error {
-	if s.c.spinApps.HasSynced() {
-		_, found, err := s.c.spinApps.GetIndexer().GetByKey(f.Namespace + "/" + f.Name)
+// while it is there, so may be the rest, and its pods answer what ingress
+// controllers, which act on changes with a delay, still send them: left is for
+// how long. A function that never was spin costs no request once the watch of
+// SpinApps has seen them all.
+func (s *Spin) remove(ctx context.Context, f *kube.Function) (left time.Duration, err error) {
+	if s.c.spinApps.hasSynced() {
+		_, found, err := s.c.spinApps.objects.GetByKey(f.Namespace + "/" + f.Name)
 		if i := s.c.cachedIngress(f.Namespace, f.Name); err == nil && !found && (i == nil || !controlledBy(i, f)) {
-			return nil
+			s.unrouted.Delete(f.UID)
+			return 0, nil
 		}
 	}
 	app, err := s.c.get(ctx, spinAppsGVR, f.Namespace, f.Name)
@@ -407,22 +442,30 @@ func (s *Spin) remove(ctx context.Context, f *kube.Function) error {
 		app, err = nil, nil
 	}
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if app != nil && controlledBy(app, f) {
 		if err := s.removeAutoscaler(ctx, f, v1alpha1.Autoscaler(app.GetAnnotations()[annotationAutoscaler])); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	if i := s.c.cachedIngress(f.Namespace, f.Name); i != nil && controlledBy(i, f) {
 		if err := s.removeIngress(ctx, f); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	if app == nil {
-		return nil
+		s.unrouted.Delete(f.UID)
+		return 0, nil
 	}
-	return s.c.delete(ctx, spinAppsGVR, f.Namespace, f.Name, func(o metav1.Object) bool { return controlledBy(o, f) })
+	if !controlledBy(app, f) {
+		return 0, nil
+	}
+	since, _ := s.unrouted.LoadOrStore(f.UID, s.c.o.Now())
+	if left := ingressLag - s.c.o.Now().Sub(since.(time.Time)); left > 0 {
+		return left, nil
+	}
+	return 0, s.c.delete(ctx, spinAppsGVR, f.Namespace, f.Name, func(o metav1.Object) bool { return controlledBy(o, f) })
 }
 
 func (s *Spin) pending(in Input, serving int, why *v1alpha1.FunctionError) Outcome {

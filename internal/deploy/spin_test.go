@@ -208,8 +208,20 @@ func TestARolloutIsReadyWhenItsPodsAnswerAndThenCostsNoWrites(t *testing.T) {
 		t.Error("between two revisions nothing was said to answer")
 	}
 
-	// Spin no more: all goes, with no request left to make.
+	// Spin no more: pods answer until no controller of Ingresses sends them
+	// anything, then all goes, with no request left to make.
 	f.Spec.Runtime = v1alpha1.RuntimeResident
+	out, err := l.spin.Reconcile(t.Context(), in)
+	if err != nil || out.Removed || out.RequeueAfter <= 0 {
+		t.Fatalf("outcome %+v, %v", out, err)
+	}
+	if _, err := l.cluster.Client().NetworkingV1().Ingresses(l.namespace).Get(t.Context(), "hello", metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+		t.Errorf("the Ingress is still there: %v", err)
+	}
+	if app := l.get(spinApps, "hello"); app.GetDeletionTimestamp() != nil {
+		t.Error("the pods went with the Ingress")
+	}
+	l.clock.forward(out.RequeueAfter)
 	if out, err := l.spin.Reconcile(t.Context(), in); err != nil || !out.Removed {
 		t.Fatalf("outcome %+v, %v", out, err)
 	}

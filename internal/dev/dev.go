@@ -335,7 +335,7 @@ func (d *dev) start(ctx context.Context, group *errgroup.Group) error {
 		Access:     who,
 		Audit:      d.audit(),
 		Store:      d.store,
-		Checker:    publish.NewChecker(compiler),
+		Checker:    publish.Remember(publish.NewChecker(compiler), publish.RememberOptions{Logger: d.o.Logger}),
 		Publisher:  publisher,
 		Logs:       functionLogs{d.control},
 		Health:     readiness{d, agentClient},

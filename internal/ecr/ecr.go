@@ -330,6 +330,9 @@ func (s *Source) settle(ctx context.Context, e *entry, host string, fresh Creden
 	defer s.mu.Unlock()
 	if err == nil {
 		e.credentials, e.issued, e.stale, e.failure, e.quiet = fresh, now, false, nil, time.Time{}
+		// On the clock that nobody can set: a token is as good after this
+		// machine's clock was set as it was before.
+		e.credentials.Expires = now.Add(fresh.Expires.Sub(now))
 		if !fresh.Expires.After(now) {
 			e.credentials.Expires = now.Add(assumedLife)
 			s.log.Warn("a token of ECR seems to have expired before it was issued; check this machine's clock", "registry", host, "expires", fresh.Expires)

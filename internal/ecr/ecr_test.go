@@ -31,6 +31,7 @@ import (
 	"github.com/hearth-sh/hearth/internal/ecr/mototest"
 	"github.com/hearth-sh/hearth/internal/imds"
 	"github.com/hearth-sh/hearth/internal/imds/imdstest"
+	"github.com/hearth-sh/hearth/test/wallclock"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -239,6 +240,34 @@ func TestATokenIsKeptForHalfItsLife(t *testing.T) {
 	r.want(t, "at half", "token-2")
 	if _, err := r.Credentials(t.Context(), "210987654321.dkr.ecr.eu-central-1.amazonaws.com"); err != nil || r.service.count() != 3 {
 		t.Errorf("another registry has no token of its own: %d, %v", r.service.count(), err)
+	}
+}
+
+func TestATokenIsAsGoodAfterTheClockWasSet(t *testing.T) {
+	for name, by := range map[string]time.Duration{"an hour forward": time.Hour, "a day forward": 24 * time.Hour, "a day back": -24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			began := time.Now()
+			var passed, jump time.Duration
+			r := newRig(t, func(o *ecr.Options, s *service) {
+				o.Now = func() time.Time { return wallclock.Jumped(began.Add(passed), jump) }
+				s.now = func() time.Time { return began.Add(passed) }
+			})
+			r.want(t, "first", "token-1")
+			jump, passed = by, time.Hour
+			r.want(t, "an hour later", "token-1")
+			if n := r.service.count(); n != 1 {
+				t.Errorf("asked %d times", n)
+			}
+			// Not to be given another does not make a good token a bad one.
+			deny := refuse(403, "AccessDeniedException")
+			r.service.fault = func(_ int, w http.ResponseWriter, _ *http.Request) bool { deny(w); return true }
+			passed = 11 * time.Hour
+			r.want(t, "an hour before its end", "token-1")
+			passed = 12*time.Hour - time.Minute
+			if _, err := r.Credentials(t.Context(), host); err == nil {
+				t.Error("a token is handed out that ends within a minute")
+			}
+		})
 	}
 }
 

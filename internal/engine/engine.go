@@ -47,8 +47,8 @@ const (
 	idleLimit = 2 * time.Minute
 	// maxHeaderBytes bounds a request's header.
 	maxHeaderBytes = 64 << 10
-	// drainLimit is how long requests in flight may take when the engine ends.
-	drainLimit = 5 * time.Second
+	// defaultDrainLimit is for a single machine, where somebody waits for the end.
+	defaultDrainLimit = 5 * time.Second
 	// sweepInterval is how often old logs are looked for.
 	sweepInterval = time.Hour
 	// defaultOverheadBytes is enough for a hundred Go functions' code and a
@@ -114,7 +114,13 @@ type Options struct {
 	// RequireSandbox refuses to run workers where the kernel lacks a part of
 	// the sandbox, instead of running with what there is and saying so.
 	RequireSandbox bool
-	Logger         *slog.Logger
+	// ShutdownDelay is how long Run serves on, though no longer ready, when ctx
+	// ends: whoever balances load over engines learns with a delay that this
+	// one goes.
+	ShutdownDelay time.Duration
+	// DrainLimit is how long requests in flight may take after that; 5 s when 0.
+	DrainLimit time.Duration
+	Logger     *slog.Logger
 }
 
 // closeListeners is for when Run gives up before serving; what went wrong
@@ -158,9 +164,9 @@ type Engine struct {
 	background sync.WaitGroup
 }
 
-// Run serves until ctx ends, then lets requests in flight finish for a short
-// while, ends all workers and returns nil; or an error when it could not
-// start or a listener failed.
+// Run serves until ctx ends and for ShutdownDelay more, then lets requests in
+// flight finish within DrainLimit, ends all workers and returns nil; or an
+// error when it could not start or a listener failed.
 func Run(ctx context.Context, o Options) error {
 	e, err := newEngine(o)
 	if err != nil {
@@ -230,10 +236,16 @@ func Run(ctx context.Context, o Options) error {
 	var result error
 	select {
 	case <-ctx.Done():
+		// Clients that keep connections open take the next request elsewhere.
+		public.SetKeepAlivesEnabled(false)
+		select {
+		case <-time.After(o.ShutdownDelay):
+		case result = <-failed:
+		}
 	case result = <-failed:
 	}
 	stopSweep()
-	drain, cancel := context.WithTimeout(context.Background(), drainLimit)
+	drain, cancel := context.WithTimeout(context.Background(), e.options.DrainLimit)
 	defer cancel()
 	// A request that does not end in time is cut by Close.
 	_ = public.Shutdown(drain)
@@ -255,6 +267,9 @@ func newEngine(o Options) (*Engine, error) {
 		o.BaseDomain = "localhost"
 	}
 	o.BaseDomain = canonicalHost(o.BaseDomain)
+	if o.DrainLimit == 0 {
+		o.DrainLimit = defaultDrainLimit
+	}
 	switch o.Isolation {
 	case "":
 		o.Isolation = IsolationTenant

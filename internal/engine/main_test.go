@@ -148,6 +148,7 @@ type node struct {
 	control *control.Client
 	http    *http.Client
 	logs    *syncBuffer
+	end     context.CancelFunc // asks the engine to end
 
 	mu         sync.Mutex
 	generation uint64
@@ -202,6 +203,7 @@ func startNode(t testing.TB, change func(*Options)) *node {
 		change(&o)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	n.end = cancel
 	done := make(chan error, 1)
 	go func() { done <- Run(ctx, o) }()
 	t.Cleanup(func() {

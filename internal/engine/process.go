@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -461,23 +462,32 @@ func (p *process) watchMemory(ctx context.Context, c *incarnation) {
 	}
 }
 
-// watchSilence kills a worker that does not answer.
+// watchSilence kills a worker that does not answer. One that is starved by other
+// programs gets twice the time at each turn, up to silenceMost.
 func (p *process) watchSilence(ctx context.Context, c *incarnation) {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
+	starved := 0 // times in a row
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
-		limit := min(silenceLimit+time.Duration(c.inFlight.Load())*silencePerRequest, silenceMost)
+		limit := min(silenceLimit<<starved+time.Duration(c.inFlight.Load())*silencePerRequest, silenceMost)
 		asked := time.Now()
+		// Not before an answer is late: it means reading files.
+		queued := make(chan time.Duration, 1)
+		slow := time.AfterFunc(limit/4, func() { queued <- runQueueTime(c.pid) })
 		askCtx, cancel := context.WithTimeout(ctx, limit)
 		_, err := c.askAlive(askCtx)
 		silent := errors.Is(askCtx.Err(), context.DeadlineExceeded)
 		cancel()
+		if slow.Stop() {
+			queued <- 0
+		}
 		if err == nil || !silent || ctx.Err() != nil {
+			starved = 0
 			continue
 		}
 		if late := time.Since(asked) - limit; late > ownDelayMost {
@@ -486,10 +496,38 @@ func (p *process) watchSilence(ctx context.Context, c *incarnation) {
 			p.engine.logger.Warn("engine stood still, its worker is asked again", "worker", p.id, "tenant", p.tenant, "for", late)
 			continue
 		}
+		if waited := runQueueTime(c.pid) - <-queued; waited > limit/2 && limit < silenceMost {
+			// It had something to say and no processor to say it on.
+			starved++
+			p.engine.logger.Warn("worker waits for a processor, it is asked again", "worker", p.id, "tenant", p.tenant, "for", limit, "waited", waited)
+			continue
+		}
 		p.engine.logger.Warn("worker is silent", "worker", p.id, "tenant", p.tenant, "for", limit)
 		c.kill("silent")
 		return
 	}
+}
+
+// runQueueTime is how long the threads of a process together have waited for a
+// processor (sched-stats, /proc/PID/task/TID/schedstat); 0 where the kernel does
+// not say. Threads that ended are not counted.
+func runQueueTime(pid int) (waited time.Duration) {
+	threads, err := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/schedstat")
+	if err != nil {
+		return 0
+	}
+	for _, path := range threads {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // it ended
+		}
+		if fields := strings.Fields(string(b)); len(fields) > 1 {
+			if ns, err := strconv.ParseInt(fields[1], 10, 64); err == nil {
+				waited += time.Duration(ns)
+			}
+		}
+	}
+	return waited
 }
 
 // residentBytes reads a process's resident memory (proc(5), statm).

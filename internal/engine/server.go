@@ -41,6 +41,10 @@ func (e *Engine) probeHandler() http.Handler {
 		e.mu.RLock()
 		fed := e.generation > 0
 		e.mu.RUnlock()
+		if e.ending.Err() != nil {
+			http.Error(w, "not ready: the engine is ending", http.StatusServiceUnavailable)
+			return
+		}
 		if !fed {
 			http.Error(w, "not ready: no agent has said what to serve", http.StatusServiceUnavailable)
 			return

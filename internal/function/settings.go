@@ -145,7 +145,10 @@ func (s Settings) Validate() error {
 			return &ValidationError{Field: "env." + name, Reason: "is also a secret; remove one of the two by setting it to null"}
 		}
 	}
-	return s.validateExposure()
+	if err := s.validateExposure(); err != nil {
+		return err
+	}
+	return s.spinProblem()
 }
 
 func envNameProblem(name string) string {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -389,16 +390,21 @@ func (c *Containerd) follow(pull context.Context, ref Reference, progress func(P
 }
 
 // findManifest finds the manifest that a tag is being pulled as: one that
-// came since began, marked by containerd as from that repository.
+// containerd has marked since began as from that repository. It does so at
+// every pull, also of what an earlier one left behind.
 func (c *Containerd) findManifest(ctx context.Context, ref Reference, began time.Time) digest.Digest {
 	call, cancel := scope(ctx)
 	defer cancel()
 	var found digest.Digest
 	_, repository, _ := strings.Cut(ref.Repository, "/")
-	label := "containerd.io/distribution.source." + ref.Host
+	host, err := url.Parse("registry://" + ref.Host)
+	if err != nil {
+		return ""
+	}
+	label := "containerd.io/distribution.source." + host.Hostname() // it leaves the port out
 	_ = c.client.ContentStore().Walk(call, func(i content.Info) error {
 		// containerd's clock is ours, read a moment apart.
-		if found != "" || i.Size > maxManifestBytes || i.CreatedAt.Before(began.Add(-time.Second)) {
+		if found != "" || i.Size > maxManifestBytes || i.UpdatedAt.Before(began.Add(-time.Second)) {
 			return nil
 		}
 		if !slices.Contains(strings.Split(i.Labels[label], ","), repository) {
@@ -482,6 +488,9 @@ func pullError(ref Reference, err error) *Error {
 	}
 	if s.Code() == codes.Unimplemented {
 		return fail(CodeRuntimeUnavailable, nil, "containerd has no CRI image service: %s; enable its CRI plugin", shorten(s.Message(), 200))
+	}
+	if code == CodeDiskFull {
+		return fail(code, nil, "no room was left on the disk of containerd's images while %s was pulled and unpacked; free space there, or give the disk more", ref.Name)
 	}
 	// The message names the reference twice and can be long.
 	return fail(code, nil, "containerd could not pull %s: %s", ref.Name, shorten(s.Message(), 400))

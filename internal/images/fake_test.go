@@ -138,9 +138,18 @@ func (f *fakeRuntime) Pull(ctx context.Context, ref Reference, auth *Auth, progr
 	return d, nil
 }
 
-func (f *fakeRuntime) Protect(_ context.Context, name string) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+// Protect and Release tell watchers, as containerd does: labels are the image's.
+func (f *fakeRuntime) Protect(_ context.Context, name string) (err error) {
+	f.set(func() { err = f.protect(name) })
+	return err
+}
+
+func (f *fakeRuntime) Release(_ context.Context, name string) (err error) {
+	f.set(func() { err = f.release(name) })
+	return err
+}
+
+func (f *fakeRuntime) protect(name string) error {
 	if err := f.isDown(); err != nil {
 		return err
 	}
@@ -158,9 +167,7 @@ func (f *fakeRuntime) Protect(_ context.Context, name string) error {
 	return nil
 }
 
-func (f *fakeRuntime) Release(_ context.Context, name string) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+func (f *fakeRuntime) release(name string) error {
 	if err := f.isDown(); err != nil {
 		return err
 	}

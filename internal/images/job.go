@@ -159,7 +159,7 @@ func (l *Loop) roomFor(more int64) error {
 		return fail(CodeInternal, err, "free space is not known")
 	}
 	if free-more < l.o.MinFreeBytes {
-		return fail(CodeDiskLow, nil, "%d MiB are free at %s and %d MiB to come; %d MiB are kept free", free>>20, l.o.DiskPath, more>>20, l.o.MinFreeBytes>>20)
+		return fail(CodeDiskLow, nil, "%d MiB are free at %s and %d MiB to come, but %d MiB must stay free; free space there", free>>20, l.o.DiskPath, more>>20, l.o.MinFreeBytes>>20)
 	}
 	return nil
 }

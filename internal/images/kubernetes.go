@@ -24,6 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	utilwait "k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -417,13 +418,22 @@ func (kd *kind) run(ctx context.Context) {
 		// answered and the snapshot say what is wrong; klog need not.
 		silent := logr.Discard()
 		cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(lw, kd.client), kd.example, kd,
-			cache.ReflectorOptions{Name: "images " + kd.name, Logger: &silent}).RunWithContext(klog.NewContext(rctx, silent))
+			cache.ReflectorOptions{Name: "images " + kd.name, Logger: &silent, Backoff: watchBackoff()}).RunWithContext(klog.NewContext(rctx, silent))
 		cancel()
 		// Either ctx ended, or the API does not know the kind.
 		if !wait(ctx, kd.absentRetry*9/10+rand.N(kd.absentRetry/5)) {
 			return
 		}
 	}
+}
+
+// watchBackoff is between attempts to watch an API server that is away.
+// client-go's own grows to a minute: for that long after the API server is
+// back, a node would not hear which images its new pods need. Three to six
+// seconds for each of a dozen kinds are three requests a second, and the jitter
+// keeps a fleet's apart.
+func watchBackoff() *utilwait.Backoff {
+	return &utilwait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 1, Cap: 3 * time.Second, Steps: 16}
 }
 
 // answered takes in how the API answered.

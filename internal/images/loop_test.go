@@ -222,7 +222,7 @@ func TestFailuresAreSaidAndRecoverByThemselves(t *testing.T) {
 				return progress(Progress{Done: 0, Total: 400 << 20})
 			}
 			w.o.DiskPath = "/"
-		}, func(w *world) { w.rt.set(func() { w.rt.onPull = nil }) }, CodeDiskLow, "kept free"},
+		}, func(w *world) { w.rt.set(func() { w.rt.onPull = nil }) }, CodeDiskLow, "must stay free"},
 		{"a shim that fails", func(w *world) { w.w.err = errors.New("create failed") },
 			func(w *world) { w.w.mu.Lock(); w.w.err = nil; w.w.mu.Unlock() }, CodeWarmFailed, "create failed"},
 		{"a shim that only says it worked", func(w *world) { w.w.hollow = true },

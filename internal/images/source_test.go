@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -19,6 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
@@ -204,6 +207,31 @@ func TestTheSourceOutlivesTheAPI(t *testing.T) {
 			if s, _ := k.Snapshot(); s.Known || len(s.Wanted) != 0 {
 				t.Errorf("%.30q: %+v", content, s)
 			}
+		}
+	})
+}
+
+func TestAnAPIServerThatIsBackIsHeardWithinSeconds(t *testing.T) {
+	// The library's pause between errors counts from a time outside the bubble.
+	handlers := utilruntime.ErrorHandlers
+	utilruntime.ErrorHandlers = nil
+	defer func() { utilruntime.ErrorHandlers = handlers }()
+	synctest.Test(t, func(t *testing.T) {
+		a := newAPI(wasmClass(), wasmPod("p", "node-a", "r.example/app"))
+		var away atomic.Bool
+		away.Store(true)
+		refuse := func(clienttesting.Action) (bool, runtime.Object, error) {
+			return away.Load(), nil, errors.New("connection refused")
+		}
+		a.client.PrependReactor("list", "*", refuse)
+		a.dynamic.PrependReactor("list", "*", refuse)
+		k := a.source(t, "")
+		time.Sleep(20 * time.Minute)
+		away.Store(false)
+		back := time.Now()
+		waitFor(t, k, "the pod", has("r.example/app:latest"))
+		if took := time.Since(back); took > 7*time.Second {
+			t.Errorf("what is wanted was heard %s after the API server was back", took)
 		}
 	})
 }

@@ -40,6 +40,14 @@ func Flags() map[string]Flag {
 	return flags
 }
 
+// mayHaveMore says whether a release may have flags that are not in the list,
+// being of a later minor version; an unknown version may not.
+func mayHaveMore(version string) bool {
+	v, err := ParseVersion(version)
+	known, knownErr := ParseVersion(FlagsVersion + ".0")
+	return err == nil && knownErr == nil && (v.Major > known.Major || v.Major == known.Major && v.Minor > known.Minor)
+}
+
 // Takes says whether k3s of a role knows the flag.
 func (f Flag) Takes(role v1alpha1.NodeRole) bool {
 	return role == v1alpha1.RoleServer && f.Server || role == v1alpha1.RoleAgent && f.Agent

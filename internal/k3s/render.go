@@ -189,7 +189,7 @@ func AllowsCgroupV1(config map[string]any) bool {
 // config is what bootstrap decides.
 func (r *renderer) config(in Input) error {
 	values := baseConfig(in)
-	b, err := marshalConfig(in.Config.Role, values)
+	b, err := marshalConfig(in.Config, values)
 	if err != nil {
 		return err
 	}
@@ -198,12 +198,13 @@ func (r *renderer) config(in Input) error {
 }
 
 // marshalConfig writes keys of config.yaml in the order of their names, and
-// refuses those that k3s of this role does not have.
-func marshalConfig(role v1alpha1.NodeRole, values map[string]any) ([]byte, error) {
-	flags := Flags()
+// refuses those that k3s of this role and version does not have.
+func marshalConfig(c v1alpha1.NodeConfigSpec, values map[string]any) ([]byte, error) {
+	role, flags := c.Role, Flags()
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		flag, known := flags[strings.TrimSuffix(key, "+")]
 		switch {
+		case !known && mayHaveMore(c.K3s.Version):
 		case !known:
 			return nil, fault.New(CodeConfig, nil, "look for it in the documentation of k3s "+FlagsVersion, "k3s has no flag %q", key)
 		case !flag.Takes(role):
@@ -390,7 +391,7 @@ func (r *renderer) extra(in Input) error {
 		}
 		values[key] = value
 	}
-	b, err := marshalConfig(in.Config.Role, values)
+	b, err := marshalConfig(in.Config, values)
 	if err != nil {
 		return err
 	}

@@ -55,7 +55,7 @@ func realCluster(t *testing.T) *cluster.Cluster {
 				return
 			}
 		}
-		shared.err = shared.cluster.WaitFor(ctx, "functions to be served", 20*time.Second, func(ctx context.Context) (bool, error) {
+		shared.err = shared.cluster.WaitFor(ctx, "functions to be served", 2*time.Minute, func(ctx context.Context) (bool, error) {
 			_, err := kube.NewFunctions(shared.cluster.Dynamic()).List(ctx, "")
 			return err == nil, nil
 		})
@@ -295,7 +295,7 @@ func TestWatchGoesOnFromAList(t *testing.T) {
 	if err := c.Dynamic().Resource(kube.FunctionGVR()).Namespace("default").Delete(t.Context(), "watched", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	var seen []watch.EventType
 	enough := errors.New("enough")

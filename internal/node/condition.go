@@ -20,6 +20,15 @@ const (
 	// DefaultHeartbeat is how often the condition is written when nothing
 	// changes. It is the only write of an idle agent.
 	DefaultHeartbeat = time.Minute
+	// MinHeartbeat is because Kubernetes keeps the time of a heartbeat in whole
+	// seconds: faster ones would not be seen to come.
+	MinHeartbeat = 2 * time.Second
+	// MaxHeartbeat leaves room for three of them before StaleConditions takes
+	// the labels of a node for left behind, whatever it was told.
+	MaxHeartbeat = DefaultProofStaleAfter / 3
+	// leftAlone is how long a new process leaves what it finds at least,
+	// however fast its heartbeat: it has to find and prove its runtimes first.
+	leftAlone = 30 * time.Second
 	// shutdownDeadline bounds the last write, which must fit into what is left
 	// of the pod's grace period.
 	shutdownDeadline = 3 * time.Second
@@ -50,6 +59,14 @@ type Condition struct {
 
 	// Run's own: what was last written, for the transition time.
 	written corev1.NodeCondition
+}
+
+// CheckHeartbeat refuses an interval that StaleConditions could not follow.
+func CheckHeartbeat(interval time.Duration) error {
+	if interval < MinHeartbeat || interval > MaxHeartbeat {
+		return fmt.Errorf("a heartbeat every %s cannot be judged; give at least %s and at most %s", interval, MinHeartbeat, MaxHeartbeat)
+	}
+	return nil
 }
 
 // NewCondition returns the condition of the clients' node, unknown until the
@@ -86,8 +103,9 @@ func (c *Condition) Set(r Readiness) {
 // otherwise.
 //
 // What a process that crashed left behind stays as it is until the first Set,
-// so that a restart does not flip the condition, but for three heartbeats only
-// and without a heartbeat: nobody stands for it.
+// so that a restart does not flip the condition, but for three heartbeats (or
+// leftAlone, if that is longer) only and without a heartbeat: nobody stands for
+// it.
 func (c *Condition) Run(ctx context.Context) error {
 	next, read := c.restore(ctx)
 	said := false
@@ -140,7 +158,7 @@ func (c *Condition) restore(ctx context.Context) (next time.Duration, read bool)
 	if old.Status == corev1.ConditionUnknown {
 		return 0, true
 	}
-	return 3 * c.heartbeat, true
+	return max(3*c.heartbeat, leftAlone), true
 }
 
 // The reasons of a condition that nobody stands for any more.

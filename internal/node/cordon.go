@@ -15,7 +15,9 @@ import (
 // cordon marks the Node unschedulable and writes down, in the same request,
 // for what notice and, if it was not so before, that it was us.
 func (d *Drainer) cordon(ctx context.Context, notice Notice) error {
-	record, err := json.Marshal(notice)
+	written := notice
+	written.At, written.Deadline = notice.At.UTC(), notice.Deadline.UTC() // whatever this machine's zone
+	record, err := json.Marshal(written)
 	if err != nil {
 		return fmt.Errorf("encode the notice: %w", err)
 	}
@@ -126,7 +128,7 @@ func (d *Drainer) resume(ctx context.Context) (Notice, bool) {
 				return Notice{}, false
 			}
 			d.o.Logger.Info("going on with a notice that an earlier process acted upon", "node", n.Name, "notice", notice.Kind, "deadline", notice.Deadline)
-			return notice, true
+			return notice.anchored(d.o.Clock.Now()), true
 		}
 		// A notice that comes meanwhile is more urgent than an old one.
 		select {

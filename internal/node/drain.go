@@ -144,9 +144,11 @@ func NewDrainer(clients *kube.Clients, o DrainOptions) *Drainer {
 // takes the place of a less urgent one. It does not wait for anything to
 // happen; it fails when the notice makes no sense or Run takes none up.
 func (d *Drainer) Notify(n Notice) error {
+	now := d.o.Clock.Now()
 	if n.At.IsZero() {
-		n.At = d.o.Clock.Now()
+		n.At = now
 	}
+	n = n.anchored(now)
 	if err := n.validate(); err != nil {
 		return err
 	}

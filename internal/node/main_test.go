@@ -7,11 +7,15 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/hearth-sh/hearth/test/cluster"
 )
+
+// soon bounds waits for what takes seconds: the machine may be busy.
+const soon = 2 * time.Minute
 
 const (
 	nodeA        = "node-a"

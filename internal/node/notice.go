@@ -82,6 +82,21 @@ func (n Notice) validate() error {
 // same says whether two words are about one notice.
 func (n Notice) same(m Notice) bool { return n.Kind == m.Kind && n.ID == m.ID }
 
+// anchored returns the notice with its times on the clock that nobody can set:
+// what was read from elsewhere is compared with now once, and from then on only
+// the time that passes counts. Setting the machine's clock while the node is
+// being left would otherwise take the pods' grace periods and budgets away, or
+// leave them more time than there is.
+func (n Notice) anchored(now time.Time) Notice {
+	if !n.Deadline.IsZero() {
+		n.Deadline = now.Add(n.Deadline.Sub(now))
+	}
+	if !n.At.IsZero() {
+		n.At = now.Add(min(0, n.At.Sub(now))) // nothing was heard in the future
+	}
+	return n
+}
+
 // overrides says whether n, heard while m is acted upon, takes its place.
 func (n Notice) overrides(m Notice) bool {
 	if n.same(m) {

@@ -62,13 +62,13 @@ func makePod(t *testing.T, c *cluster.Cluster, node, namespace, name string, cha
 }
 
 func deletePod(t *testing.T, c *cluster.Cluster, namespace, name string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), soon)
 	defer cancel()
 	err := c.Client().CoreV1().Pods(namespace).Delete(ctx, name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))})
 	if err != nil && !apierrors.IsNotFound(err) {
 		t.Error(err)
 	}
-	if err := c.WaitFor(ctx, "pod "+name+" to be gone", 20*time.Second, func(ctx context.Context) (bool, error) {
+	if err := c.WaitFor(ctx, "pod "+name+" to be gone", soon, func(ctx context.Context) (bool, error) {
 		_, err := c.Client().CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
 		return apierrors.IsNotFound(err), nil
 	}); err != nil {
@@ -396,7 +396,7 @@ func TestConditionHeartbeatsAndEndsUnknown(t *testing.T) {
 	condition.Set(Readiness{Status: corev1.ConditionTrue, Reason: "Proven", Message: "A probe just ran."})
 	wait := func(what string, ok func(*corev1.NodeCondition) bool) corev1.NodeCondition {
 		t.Helper()
-		if err := c.WaitNode(t.Context(), nodeA, "to be "+what, 20*time.Second, func(n *corev1.Node) bool {
+		if err := c.WaitNode(t.Context(), nodeA, "to be "+what, soon, func(n *corev1.Node) bool {
 			w := wasmReady(n)
 			return w != nil && ok(w)
 		}); err != nil {
@@ -547,7 +547,7 @@ func runDrainer(t *testing.T, clients *kube.Clients, o DrainOptions) *running {
 // giveBackAtEnd leaves the node as tests expect it.
 func giveBackAtEnd(t *testing.T, c *cluster.Cluster, node string) {
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), soon)
 		defer cancel()
 		d := NewDrainer(asAdmin(c, node), DrainOptions{})
 		if err := errors.Join(d.taints.Interrupted(ctx, false), d.uncordon(ctx, "test")); err != nil {
@@ -558,7 +558,7 @@ func giveBackAtEnd(t *testing.T, c *cluster.Cluster, node string) {
 
 func (r *running) wait(t *testing.T, c *cluster.Cluster, what string, ok func(DrainStatus) bool) {
 	t.Helper()
-	if err := c.WaitFor(t.Context(), what, 60*time.Second, func(context.Context) (bool, error) { return ok(r.Status()), nil }); err != nil {
+	if err := c.WaitFor(t.Context(), what, soon, func(context.Context) (bool, error) { return ok(r.Status()), nil }); err != nil {
 		t.Fatalf("%v; status %+v", err, r.Status())
 	}
 }
@@ -608,8 +608,9 @@ func TestDrainLeavesWhatBelongsToTheNodeAndEvictsTheRest(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = budgets.Delete(context.Background(), "guarded", metav1.DeleteOptions{}) })
 
-	r := runDrainer(t, clients, DrainOptions{Margin: 8 * time.Second, ForceBefore: 14 * time.Second})
-	deadline := time.Now().Add(24 * time.Second)
+	// The margin is what a busy machine has left to see the last pod off.
+	r := runDrainer(t, clients, DrainOptions{Margin: 20 * time.Second, ForceBefore: 26 * time.Second})
+	deadline := time.Now().Add(50 * time.Second)
 	if err := r.Notify(Notice{Kind: SpotInterruption, Deadline: deadline}); err != nil {
 		t.Fatal(err)
 	}
@@ -618,13 +619,13 @@ func TestDrainLeavesWhatBelongsToTheNodeAndEvictsTheRest(t *testing.T) {
 		t.Error("the budget was not respected while there was time")
 	}
 	// The evictions do not wait for the cordon, nor the test for both at once.
-	if err := c.WaitNode(ctx, nodeB, "to be cordoned", 10*time.Second, func(n *corev1.Node) bool {
+	if err := c.WaitNode(ctx, nodeB, "to be cordoned", soon, func(n *corev1.Node) bool {
 		return n.Spec.Unschedulable && n.Annotations[v1alpha1.AnnotationCordonedBy] == string(SpotInterruption)
 	}); err != nil {
 		t.Error(err)
 	}
 	n := readNode(t, c, nodeB)
-	if err := c.WaitNode(ctx, nodeB, "to be tainted", 10*time.Second, func(n *corev1.Node) bool {
+	if err := c.WaitNode(ctx, nodeB, "to be tainted", soon, func(n *corev1.Node) bool {
 		return slices.ContainsFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == v1alpha1.TaintInterruption })
 	}); err != nil {
 		t.Error(err)
@@ -680,7 +681,7 @@ func TestAnInterruptionTakesOverFromARebalance(t *testing.T) {
 	}
 	// That is all there is to ask for: kubelet 1.36 does not always cut short a
 	// preStop hook that has begun.
-	if err := c.WaitFor(t.Context(), "the pod's time to be shortened", 20*time.Second, func(ctx context.Context) (bool, error) {
+	if err := c.WaitFor(t.Context(), "the pod's time to be shortened", soon, func(ctx context.Context) (bool, error) {
 		p, err := c.Client().CoreV1().Pods("default").Get(ctx, stubborn.Name, metav1.GetOptions{})
 		if err != nil {
 			return apierrors.IsNotFound(err), nil
@@ -689,7 +690,7 @@ func TestAnInterruptionTakesOverFromARebalance(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
-	if err := c.WaitNode(t.Context(), nodeB, "to name the new notice", 10*time.Second, func(n *corev1.Node) bool {
+	if err := c.WaitNode(t.Context(), nodeB, "to name the new notice", soon, func(n *corev1.Node) bool {
 		return n.Annotations[v1alpha1.AnnotationCordonedBy] == string(SpotInterruption)
 	}); err != nil {
 		t.Error(err)
@@ -743,7 +744,7 @@ func TestOnesOwnPodLeavesLast(t *testing.T) {
 	if err := r.Notify(Notice{Kind: Manual}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.WaitFor(t.Context(), "slow to be told", 20*time.Second, func(ctx context.Context) (bool, error) {
+	if err := c.WaitFor(t.Context(), "slow to be told", soon, func(ctx context.Context) (bool, error) {
 		p, err := c.Client().CoreV1().Pods("default").Get(ctx, slow.Name, metav1.GetOptions{})
 		return err == nil && p.DeletionTimestamp != nil, nil
 	}); err != nil {
@@ -768,7 +769,7 @@ func TestADrainGoesOnAfterARestartAndIsUndoneWhenWithdrawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	cordoned := func(n *corev1.Node) bool { return n.Spec.Unschedulable }
-	if err := c.WaitNode(t.Context(), nodeB, "to be cordoned", 20*time.Second, cordoned); err != nil {
+	if err := c.WaitNode(t.Context(), nodeB, "to be cordoned", soon, cordoned); err != nil {
 		t.Fatal(err)
 	}
 	first.stop()
@@ -792,7 +793,7 @@ func TestADrainGoesOnAfterARestartAndIsUndoneWhenWithdrawn(t *testing.T) {
 func TestARebalanceThatNothingFollowsIsUndone(t *testing.T) {
 	c := realCluster(t)
 	giveBackAtEnd(t, c, nodeB)
-	r := runDrainer(t, asAdmin(c, nodeB), DrainOptions{RebalanceTTL: 3 * time.Second})
+	r := runDrainer(t, asAdmin(c, nodeB), DrainOptions{RebalanceTTL: 6 * time.Second})
 	if err := r.Notify(Notice{Kind: Rebalance}); err != nil {
 		t.Fatal(err)
 	}
@@ -810,7 +811,7 @@ func TestARebalanceThatNothingFollowsIsUndone(t *testing.T) {
 	}
 	bystander := makePod(t, c, nodeB, "default", "bystander", nil)
 	again := runDrainer(t, asAdmin(c, nodeB), DrainOptions{})
-	if err := c.WaitNode(t.Context(), nodeB, "to be given back", 20*time.Second, func(n *corev1.Node) bool { return !n.Spec.Unschedulable }); err != nil {
+	if err := c.WaitNode(t.Context(), nodeB, "to be given back", soon, func(n *corev1.Node) bool { return !n.Spec.Unschedulable }); err != nil {
 		t.Fatal(err)
 	}
 	if p, err := c.Client().CoreV1().Pods("default").Get(t.Context(), bystander.Name, metav1.GetOptions{}); err != nil || p.DeletionTimestamp != nil {
@@ -833,7 +834,7 @@ func TestACordonOfOthersStays(t *testing.T) {
 	if err := r.Notify(Notice{Kind: Rebalance}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.WaitNode(t.Context(), nodeB, "to have the notice", 20*time.Second, func(n *corev1.Node) bool { return n.Annotations[v1alpha1.AnnotationInterruption] != "" }); err != nil {
+	if err := c.WaitNode(t.Context(), nodeB, "to have the notice", soon, func(n *corev1.Node) bool { return n.Annotations[v1alpha1.AnnotationInterruption] != "" }); err != nil {
 		t.Fatal(err)
 	}
 	if owner := readNode(t, c, nodeB).Annotations[v1alpha1.AnnotationCordonedBy]; owner != "" {
@@ -860,7 +861,7 @@ func TestRepeatedEventsBecomeASeries(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var done sync.WaitGroup
 	done.Go(func() { r.Run(ctx) })
-	err := c.WaitFor(t.Context(), "the series", 20*time.Second, func(ctx context.Context) (bool, error) {
+	err := c.WaitFor(t.Context(), "the series", soon, func(ctx context.Context) (bool, error) {
 		events, err := c.Client().EventsV1().Events("default").List(ctx, metav1.ListOptions{FieldSelector: "reason=SeriesTest"})
 		return err == nil && len(events.Items) == 1 && events.Items[0].Series != nil && events.Items[0].Series.Count == 3, nil
 	})

@@ -14,10 +14,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/fake"
 	clocktesting "k8s.io/utils/clock/testing"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/kube"
+	"github.com/hearth-sh/hearth/test/wallclock"
 )
 
 var epoch = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -190,6 +192,85 @@ func TestMoreUrgentNoticesTakeOver(t *testing.T) {
 	}
 }
 
+func TestSettingTheClockMovesNoDeadline(t *testing.T) {
+	began := time.Now()
+	d := NewDrainer(&kube.Clients{NodeName: "a"}, DrainOptions{})
+	// As instance metadata and annotations have it: without a monotonic reading.
+	if err := d.Notify(Notice{Kind: SpotInterruption, Deadline: began.Round(0).Add(2 * time.Minute)}); err != nil {
+		t.Fatal(err)
+	}
+	n := <-d.notices
+	p := podOf(func(p *corev1.Pod) { p.Spec.TerminationGracePeriodSeconds = new(int64(600)) })
+	for name, by := range map[string]time.Duration{"not at all": 0, "an hour forward": time.Hour, "an hour back": -time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			now := wallclock.Jumped(began.Add(time.Minute), by)
+			if d.force(n, now) || d.hurry(n, now) {
+				t.Error("budgets count no more although there is a minute left")
+			}
+			if g := graceFor(p, n.Deadline.Sub(now), d.o.Margin, true); g == nil || *g < 45 || *g > 50 {
+				t.Errorf("a pod is given %v seconds of the minute that is left", g)
+			}
+			late := wallclock.Jumped(began.Add(95*time.Second), by)
+			if !d.force(n, late) {
+				t.Error("budgets still count although there are 25 seconds left")
+			}
+			if left := d.expiresAt(n).Sub(now); left < 10*time.Minute || left > 12*time.Minute {
+				t.Errorf("the notice counts for %s more", left)
+			}
+		})
+	}
+}
+
+func TestAnchoredTimesStayWhatTheyAre(t *testing.T) {
+	now := time.Now()
+	n := Notice{Kind: Rebalance, At: now.Round(0).Add(-time.Minute), Deadline: now.Round(0).Add(time.Minute)}
+	if got := n.anchored(now); !got.At.Equal(n.At) || !got.Deadline.Equal(n.Deadline) {
+		t.Errorf("%+v became %+v", n, got)
+	}
+	if got := (Notice{Kind: Manual}).anchored(now); !got.At.IsZero() || !got.Deadline.IsZero() {
+		t.Errorf("no times became %+v", got)
+	}
+	// A recommendation of the future would count for longer than its time.
+	if got := (Notice{Kind: Rebalance, At: now.Add(time.Hour)}).anchored(now); !got.At.Equal(now) {
+		t.Errorf("heard at %s, now is %s", got.At, now)
+	}
+}
+
+func TestSettingTheClockMakesNoProofOrHeartbeatStale(t *testing.T) {
+	for name, by := range map[string]time.Duration{"an hour forward": time.Hour, "an hour back": -time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			began := time.Now()
+			clock := &setClock{FakeClock: clocktesting.NewFakeClock(began), now: began}
+			l := NewLabels(&kube.Clients{NodeName: "a"}, 10*time.Minute, Options{Clock: clock})
+			ask := func(p ProofState) wish { return l.wanted(map[string]ProofState{"spin": p})["spin"] }
+			s := NewStaleConditions(nil, 3*time.Minute, Options{Clock: clock})
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a", UID: "1"}, Status: corev1.NodeStatus{
+				Conditions: []corev1.NodeCondition{{Type: v1alpha1.NodeConditionWasmReady, LastHeartbeatTime: metav1.NewTime(began)}}}}
+			ask(Proven)
+			s.silence(n)
+			clock.now = wallclock.Jumped(began.Add(time.Minute), by)
+			if got := ask(Unknown); got != keep {
+				t.Errorf("a minute after its proof a label has the wish %d", got)
+			}
+			if silent := s.silence(n); silent != time.Minute {
+				t.Errorf("a minute of silence is taken for %s", silent)
+			}
+			clock.now = wallclock.Jumped(began.Add(11*time.Minute), by)
+			if got := ask(Unknown); got != absent {
+				t.Errorf("11 minutes after its proof a label has the wish %d", got)
+			}
+		})
+	}
+}
+
+// setClock tells the time it was given.
+type setClock struct {
+	*clocktesting.FakeClock
+	now time.Time
+}
+
+func (c *setClock) Now() time.Time { return c.now }
+
 func FuzzParseNotice(f *testing.F) {
 	f.Add(`{"kind":"rebalance","at":"2026-03-01T12:00:00Z"}`)
 	f.Add(`{"kind":"spot-interruption","id":"x","deadline":"2026-03-01T12:02:00Z"}`)
@@ -244,6 +325,45 @@ func TestStaleMeansUnchangedByOurOwnClock(t *testing.T) {
 	clock.Step(3*time.Minute + time.Second)
 	if !stale(n) {
 		t.Error("a heartbeat that stopped")
+	}
+}
+
+func TestWhatACrashedAgentSaidStandsWhileTheNextOneStarts(t *testing.T) {
+	for name, test := range map[string]struct{ heartbeat, stands time.Duration }{
+		"with the usual heartbeat": {0, 3 * DefaultHeartbeat},
+		"with the fastest":         {MinHeartbeat, leftAlone},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Status: corev1.NodeStatus{
+					Conditions: []corev1.NodeCondition{{Type: v1alpha1.NodeConditionWasmReady, Status: corev1.ConditionTrue, Reason: "RuntimesProven"}}}})
+				says := func() string {
+					t.Helper()
+					n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{})
+					if err != nil || wasmReady(n) == nil {
+						t.Fatalf("%+v, %v", n, err)
+					}
+					return wasmReady(n).Reason
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error)
+				go func() {
+					done <- NewCondition(&kube.Clients{Node: client, NodeName: "a"}, test.heartbeat, Options{}).Run(ctx)
+				}()
+				time.Sleep(test.stands - time.Second)
+				if got := says(); got != "RuntimesProven" {
+					t.Errorf("while the agent starts the node says %s", got)
+				}
+				time.Sleep(2 * time.Second)
+				if got := says(); got != "NotProbedYet" {
+					t.Errorf("after %s the node says %s", test.stands, got)
+				}
+				cancel()
+				if err := <-done; err != nil || says() != reasonStopped {
+					t.Errorf("at its end it says %s: %v", says(), err)
+				}
+			})
+		})
 	}
 }
 

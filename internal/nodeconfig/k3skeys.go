@@ -2,6 +2,7 @@ package nodeconfig
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -54,22 +55,39 @@ var k3sOwned = map[string]string{ //nolint:gosec // names of settings, not their
 	"etcd-s3-session-token":             "snapshots are written with the instance's role",
 	"docker":                            "WebAssembly runtimes need k3s's containerd",
 	"container-runtime-endpoint":        "WebAssembly runtimes need k3s's containerd",
+	"image-service-endpoint":            "WebAssembly runtimes need k3s's containerd",
 	"rootless":                          "bootstrap runs k3s as root",
+	"https-listen-port":                 "nodes join at port 6443 of the servers",
+	"supervisor-port":                   "nodes join at port 6443 of the servers",
+	"apiserver-port":                    "nodes join at port 6443 of the servers",
+	"apiserver-bind-address":            "nodes join at port 6443 of the servers",
+	"disable-selinux":                   "k3s lost it in 1.26; SELinux is off unless selinux is true",
+	"no-deploy":                         "k3s lost it in 1.26; use disable",
+	"multi-cluster-cidr":                "k3s lost it in 1.29",
+	"kube-controller-arg":               "it is an old name; use kube-controller-manager-arg",
+	"kube-cloud-controller-arg":         "it is an old name; use kube-cloud-controller-manager-arg",
 }
+
+// k3sMinor is the minor version of k3s, 1.36, whose keys these are. A later one
+// may have others.
+const k3sMinor = 36
+
+// k3sOnlyAgentKeys are those that only agents take; a server would ignore them.
+var k3sOnlyAgentKeys = []string{"disable-apiserver-lb"}
 
 // k3sAgentKeys are those that both servers and agents take.
 var k3sAgentKeys = []string{
 	"debug", "v", "vmodule", "log", "alsologtostderr",
-	"selinux", "disable-selinux", "lb-server-port", "protect-kernel-defaults", "pause-image", "default-runtime",
+	"selinux", "lb-server-port", "protect-kernel-defaults", "pause-image", "default-runtime",
 	"snapshotter", "airgap-extra-registry", "disable-default-registry-endpoint", "nonroot-devices",
 	"node-ip", "bind-address", "node-external-ip", "node-internal-dns", "node-external-dns", "resolv-conf",
 	"flannel-iface", "flannel-conf", "flannel-cni-conf", "vpn-auth-file",
-	"kubelet-arg", "kube-proxy-arg", "enable-pprof", "prefer-bundled-bin", "disable-apiserver-lb",
+	"kubelet-arg", "kube-proxy-arg", "enable-pprof", "prefer-bundled-bin",
 }
 
 // k3sServerKeys are those that only servers take; an agent would not start.
 var k3sServerKeys = []string{
-	"https-listen-port", "advertise-address", "advertise-port", "tls-san-security",
+	"advertise-address", "advertise-port", "tls-san-security",
 	"service-node-port-range", "cluster-dns", "cluster-domain", "flannel-ipv6-masq", "flannel-external-ip",
 	"egress-selector-mode", "servicelb-namespace", "write-kubeconfig", "write-kubeconfig-mode", "write-kubeconfig-group",
 	"helm-job-image", "kube-apiserver-arg", "etcd-arg", "kube-controller-manager-arg", "kube-scheduler-arg",
@@ -78,7 +96,7 @@ var k3sServerKeys = []string{
 	"etcd-s3-skip-ssl-verify", "etcd-s3-insecure", "etcd-s3-timeout", "etcd-s3-proxy", "etcd-s3-config-secret",
 	"etcd-s3-bucket-lookup-type", "etcd-s3-retention", "default-local-storage-path", "disable", "disable-cloud-controller",
 	"disable-kube-proxy", "disable-network-policy", "disable-helm-controller", "embedded-registry",
-	"supervisor-metrics", "secrets-encryption", "secrets-encryption-provider", "multi-cluster-cidr",
+	"supervisor-metrics", "secrets-encryption", "secrets-encryption-provider",
 }
 
 // kubeletOwned are kubelet's flags that bootstrap sets through k3s.
@@ -101,7 +119,7 @@ func (v *validator) k3sConfig() {
 	if settings == nil {
 		return
 	}
-	known := slices.Concat(k3sAgentKeys, k3sServerKeys)
+	known := slices.Concat(k3sAgentKeys, k3sServerKeys, k3sOnlyAgentKeys)
 	near := slices.Concat(known, keysOf(k3sOwned))
 	for _, f := range settings.fields {
 		if v.ps.full() {
@@ -119,12 +137,17 @@ func (v *validator) k3sConfig() {
 			v.ps.addf(f.origin, at, "write the key without dashes in front, as in k3s's config.yaml")
 		case v.config.Spec.Role == roleAgent && slices.Contains(k3sServerKeys, f.key):
 			v.ps.addf(f.origin, at, "only servers take this key; an agent would not start")
+		case v.config.Spec.Role == roleServer && slices.Contains(k3sOnlyAgentKeys, f.key):
+			v.ps.addf(f.origin, at, "only agents take this key; a server would ignore it")
 		case !slices.Contains(known, f.key):
-			// k3s gains keys with its versions, so only what looks misspelt is refused.
 			if best := nearest(f.key, near); best != "" {
 				v.ps.addf(f.origin, at, "k3s has no such key; did you mean %s?", best)
 			} else if !k3sKeySyntax.MatchString(f.key) {
 				v.ps.addf(f.origin, at, "is not the form of k3s's keys: small letters, digits and dashes")
+			} else if minor := k3sMinorOf(v.config.Spec.K3s.Version); minor != 0 && minor <= k3sMinor {
+				// A server would ignore it, an agent would not start. k3s gains keys
+				// with its versions, and the version may be the manifest's.
+				v.ps.addf(f.origin, at, "k3s 1.%d has no such key; remove it", minor)
 			}
 		}
 		if f.value.kind == mapping {
@@ -137,6 +160,17 @@ func (v *validator) k3sConfig() {
 			v.kubeletArgs(f.value, at)
 		}
 	}
+}
+
+// k3sMinorOf is the minor version of a release of k3s 1; 0 where it is none.
+func k3sMinorOf(version string) int {
+	rest, ok := strings.CutPrefix(version, "v1.")
+	minor, _, _ := strings.Cut(rest, ".")
+	n, err := strconv.Atoi(minor)
+	if !ok || err != nil {
+		return 0
+	}
+	return n
 }
 
 func (v *validator) kubeletArgs(n *node, path string) {

@@ -51,6 +51,7 @@ var constraints = map[string]object{
 	"ClusterConfig.name":            {"pattern": dnsLabelPattern},
 	"ClusterConfig.store":           {"pattern": storePattern},
 	"ClusterConfig.region":          {"pattern": regionPattern},
+	"ClusterConfig.kmsKey":          {"pattern": kmsKeyPattern},
 	"ClusterConfig.server":          {"pattern": serverPattern},
 	"ClusterConfig.tlsSANs":         {"maxItems": maxTLSSANs},
 	"SnapshotsConfig.bucket":        {"pattern": bucketPattern},

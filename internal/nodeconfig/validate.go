@@ -45,8 +45,10 @@ const (
 	// storePattern: a bucket with a prefix, or a path of SSM parameters.
 	storePattern = `^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()=-]+)+/?|ssm:///[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)$`
 	// bucketPattern: a bucket, with or without a prefix.
-	bucketPattern     = `^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()=-]+)*/?$`
-	regionPattern     = `^[a-z]{2,6}(-[a-z0-9]{1,12}){1,3}-[0-9]{1,2}$`
+	bucketPattern = `^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()=-]+)*/?$`
+	regionPattern = `^[a-z]{2,6}(-[a-z0-9]{1,12}){1,3}-[0-9]{1,2}$`
+	// kmsKeyPattern: an alias, or the ARN or ID of a key.
+	kmsKeyPattern     = `^(arn:aws[a-z-]*:kms:[a-z0-9-]+:[0-9]{12}:(key|alias)/[A-Za-z0-9/_-]{1,256}|alias/[A-Za-z0-9/_-]{1,250}|(mrk-)?[0-9a-f-]{32,36})$`
 	serverPattern     = `^https://([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$`
 	k3sVersionPattern = `^v1\.[0-9]{1,3}\.[0-9]{1,3}(-(alpha|beta|rc)\.?[0-9]{1,3})?\+k3s[0-9]{1,3}(-[A-Za-z0-9.]{1,40})?$`
 	digestPattern     = `^[0-9a-f]{64}$`
@@ -68,6 +70,7 @@ var (
 	storeSyntax      = regexp.MustCompile(storePattern)
 	bucketSyntax     = regexp.MustCompile(bucketPattern)
 	regionSyntax     = regexp.MustCompile(regionPattern)
+	kmsKeySyntax     = regexp.MustCompile(kmsKeyPattern)
 	serverSyntax     = regexp.MustCompile(serverPattern)
 	k3sVersionSyntax = regexp.MustCompile(k3sVersionPattern)
 	digestSyntax     = regexp.MustCompile(digestPattern)
@@ -279,6 +282,7 @@ func (v *validator) cluster() {
 	}
 	const region = "an AWS region, such as eu-central-1"
 	v.match("spec.cluster.region", c.Region, regionSyntax, region)
+	v.match("spec.cluster.kmsKey", c.KMSKey, kmsKeySyntax, "a key of AWS KMS: its ID, its ARN, or alias/NAME")
 	if v.said("spec", "cluster", "server") {
 		v.serverURL("spec.cluster.server", c.Server)
 	}

@@ -225,8 +225,9 @@ func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
 	gen := l.want.Generation + 1
 	if !l.wantSet {
 		// Begins above whatever an agent before this one used, so that an
-		// old status is never taken for an answer to a new state.
-		gen = uint64(max(l.now().UnixMilli(), 1))
+		// old status is never taken for an answer to a new state. The clock
+		// may have been set back since; what the engine speaks of was not.
+		gen = max(uint64(max(l.now().UnixMilli(), 1)), l.fnsGen+1)
 	}
 	changed := !l.wantSet || len(entries) != len(l.pushed) || !slices.EqualFunc(pending, l.want.Pending, func(a, b control.Pending) bool {
 		return a.Name == b.Name && a.Tenant == b.Tenant

@@ -433,6 +433,23 @@ func TestRevisionOfAnArtifactThatWasThereIsNotChargedForIt(t *testing.T) {
 	})
 }
 
+func TestAClockThatWasSetBackMakesNoGenerationOlderThanTheEngines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		// An agent before this one fed the engine, by a clock an hour ahead.
+		before := uint64(time.Now().Add(time.Hour).UnixMilli())
+		w.state = control.State{Generation: before}
+		_, stop := w.run()
+		defer stop()
+		settle(time.Second)
+		w.submit(want("a", 1))
+		settle(time.Second)
+		if now := w.state.Generation; now <= before || w.last("a").Progress != v1alpha1.ProgressReady {
+			t.Errorf("the engine was at generation %d and is given %d; %+v", before, now, w.last("a"))
+		}
+	})
+}
+
 func TestOldRevisionServesUntilTheNewOneIsWarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

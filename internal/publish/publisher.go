@@ -2,12 +2,16 @@ package publish
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/registry"
 	"github.com/hearth-sh/hearth/internal/submit"
 )
@@ -64,10 +68,13 @@ type Publisher struct {
 	flights map[flightKey]*flight
 }
 
-var _ submit.Publisher = (*Publisher)(nil)
+var (
+	_ submit.TenantPublisher = (*Publisher)(nil)
+	_ submit.Configurer      = (*Publisher)(nil)
+)
 
 // flightKey is all that goes into an artifact, and where it goes.
-type flightKey struct{ repository, digest, application string }
+type flightKey struct{ repository, digest, application, environment string }
 
 // flight is a push in progress. The rest is set before done is closed.
 type flight struct {
@@ -136,15 +143,79 @@ func (p *Publisher) PublishFor(ctx context.Context, tenant, name, modulePath, di
 	}
 	repository := p.Repository(tenant, name)
 	module := registry.Module{Path: modulePath, Digest: digest, Size: meta.SizeBytes}
-	artifact, err := p.once(ctx, flightKey{repository, digest, name}, func() (v1alpha1.Artifact, error) {
-		return p.push(ctx, repository, module, registry.PublishOptions{
-			Spin: registry.SpinOptions{Name: name, Executor: registry.ExecutorWAGI}, DigestTag: p.o.DigestTags,
-		})
+	spin, err := spinOptions(name, meta.Application)
+	if err != nil {
+		return v1alpha1.Artifact{}, err
+	}
+	environment, err := json.Marshal([]any{spin.Env, spin.Variables}) // in the order of names
+	if err != nil {
+		return v1alpha1.Artifact{}, err
+	}
+	artifact, err := p.once(ctx, flightKey{repository, digest, name, string(environment)}, func() (v1alpha1.Artifact, error) {
+		return p.push(ctx, repository, module, registry.PublishOptions{Spin: spin, DigestTag: p.o.DigestTags})
 	})
 	if err != nil {
 		return v1alpha1.Artifact{}, pushProblem(repository, err)
 	}
 	return p.located(artifact), nil
+}
+
+// spinOptions describe the application of a function with this environment.
+func spinOptions(name string, a submit.Application) (registry.SpinOptions, error) {
+	o := registry.SpinOptions{Name: name, Executor: registry.ExecutorWAGI, Env: a.Env}
+	names, err := function.SpinVariables(slices.Collect(maps.Keys(a.Env)), a.Secrets)
+	if err != nil {
+		return o, err
+	}
+	if len(names) > 0 {
+		o.Variables = make(map[string]registry.SpinVariable, len(names))
+	}
+	for name, variable := range names {
+		if value, plain := a.Env[name]; plain {
+			o.Variables[variable] = registry.SpinVariable{Default: &value}
+		} else {
+			o.Variables[variable] = registry.SpinVariable{Secret: true}
+		}
+	}
+	return o, nil
+}
+
+// Configure implements submit.Configurer. What it can tell is its own is what it
+// would build of the module and the Application that from is said to have: the
+// same bytes, and so the same digest.
+func (p *Publisher) Configure(ctx context.Context, tenant, name string, from v1alpha1.Artifact, module string, size int64, was, app submit.Application) (v1alpha1.Artifact, error) {
+	repository := p.Repository(tenant, name)
+	if from.Repository != repository || from.Registry != "" && from.Registry != p.o.Client.Registry() && (p.o.Alias == nil || !p.o.Alias(from.Registry)) {
+		return from, nil
+	}
+	published := registry.Module{Digest: module, Size: size}
+	if !builds(from.Digest, published, name, was) {
+		return from, nil
+	}
+	spin, err := spinOptions(name, app)
+	if err != nil {
+		return from, err
+	}
+	artifact, err := p.push(ctx, repository, published, registry.PublishOptions{Spin: spin, DigestTag: p.o.DigestTags})
+	if err != nil {
+		return from, pushProblem(repository, err)
+	}
+	return p.located(artifact), nil
+}
+
+// builds says whether the artifact of that digest is what is built of the module
+// for a function with this Application.
+func builds(digest string, module registry.Module, name string, a submit.Application) bool {
+	spin, err := spinOptions(name, a)
+	if err != nil {
+		return false
+	}
+	image, err := registry.BuildSpin(module, spin)
+	if err != nil {
+		return false
+	}
+	built, err := image.Digest()
+	return err == nil && built.String() == digest
 }
 
 func (p *Publisher) located(a v1alpha1.Artifact) v1alpha1.Artifact {

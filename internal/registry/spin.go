@@ -32,7 +32,9 @@ const (
 // Module names a module's file on disk. The file must not change while the
 // value is in use: the registry compares what it receives with Digest.
 type Module struct {
-	// Path is the file.
+	// Path is the file; empty, with Digest and Size, means that the registry has
+	// the module in the very repository already. Publishing fails with ErrNotFound
+	// where that is not so.
 	Path string
 	// Digest is "sha256:…" of its bytes; empty means: compute it.
 	Digest string
@@ -48,9 +50,23 @@ type SpinOptions struct {
 	Version string
 	// Executor defaults to ExecutorWAGI.
 	Executor Executor
+	// Env are the component's environment variables, as its guest sees them.
+	// Whoever may read the registry reads them: no place for a secret.
+	Env map[string]string
+	// Variables are those that the application declares, by Spin's name in lower
+	// case: without that a guest cannot read what it is given at run time.
+	Variables map[string]SpinVariable
 	// Created is written only when it is not zero: the same input then gives
 	// the same digest, whenever it is built.
 	Created time.Time
+}
+
+// SpinVariable declares a variable of an application.
+type SpinVariable struct {
+	// Default is its value where none is given at run time; nil: there must be.
+	Default *string `json:"default,omitempty"`
+	// Secret keeps Spin from logging the value, which is given at run time.
+	Secret bool `json:"secret,omitempty"`
 }
 
 // componentID is what Spin accepts as a component's identifier and Hearth as
@@ -65,11 +81,11 @@ var wasmMagic = []byte("\x00asm")
 // (trigger dependencies, host requirements) is used, so that shims with
 // Spin 3 accept it.
 type lockedApp struct {
-	SpinLockVersion int               `json:"spin_lock_version"`
-	Metadata        lockedMetadata    `json:"metadata"`
-	Variables       struct{}          `json:"variables"`
-	Triggers        []lockedTrigger   `json:"triggers"`
-	Components      []lockedComponent `json:"components"`
+	SpinLockVersion int                     `json:"spin_lock_version"`
+	Metadata        lockedMetadata          `json:"metadata"`
+	Variables       map[string]SpinVariable `json:"variables"`
+	Triggers        []lockedTrigger         `json:"triggers"`
+	Components      []lockedComponent       `json:"components"`
 }
 
 type lockedMetadata struct {
@@ -99,9 +115,11 @@ type lockedComponent struct {
 	ID       string                  `json:"id"`
 	Metadata lockedComponentMetadata `json:"metadata"`
 	Source   lockedSource            `json:"source"`
-	Env      struct{}                `json:"env"`
-	Files    []struct{}              `json:"files"`
-	Config   struct{}                `json:"config"`
+	// Env are WASI environment variables, Config the component's variables: a
+	// template of the application's each.
+	Env    map[string]string `json:"env"`
+	Files  []struct{}        `json:"files"`
+	Config map[string]string `json:"config"`
 }
 
 type lockedComponentMetadata struct {
@@ -177,6 +195,7 @@ func BuildSpin(m Module, opts SpinOptions) (*SpinImage, error) {
 			Trigger:  map[string]string{"type": "http"},
 			Triggers: map[string]struct{}{"http": {}},
 		},
+		Variables: orEmpty(opts.Variables),
 		Triggers: []lockedTrigger{{
 			ID: "trigger--" + opts.Name, TriggerType: "http",
 			TriggerConfig: lockedTriggerConfig{
@@ -187,7 +206,9 @@ func BuildSpin(m Module, opts SpinOptions) (*SpinImage, error) {
 			ID:       opts.Name,
 			Metadata: lockedComponentMetadata{AllowedOutboundHosts: []string{}},
 			Source:   lockedSource{ContentType: MediaTypeWasm, Digest: layer.hash.String()},
+			Env:      orEmpty(opts.Env),
 			Files:    []struct{}{},
+			Config:   templates(opts.Variables),
 		}},
 	})
 	if err != nil {
@@ -229,6 +250,25 @@ func BuildSpin(m Module, opts SpinOptions) (*SpinImage, error) {
 	}
 	img.hash = hashOf(img.manifest)
 	return img, nil
+}
+
+// orEmpty writes {} for no map: artifacts have had that from the beginning, and
+// their digests with it.
+func orEmpty[V any](m map[string]V) map[string]V {
+	if m == nil {
+		return map[string]V{}
+	}
+	return m
+}
+
+// templates gives the component each of the application's variables under the
+// same name.
+func templates(variables map[string]SpinVariable) map[string]string {
+	out := make(map[string]string, len(variables))
+	for name := range variables {
+		out[name] = "{{ " + name + " }}"
+	}
+	return out
 }
 
 // LockedApp is the raw locked application, the artifact's last layer.
@@ -286,6 +326,10 @@ type fileLayer struct {
 }
 
 func newFileLayer(m Module) (*fileLayer, error) {
+	if m.Path == "" && m.Digest != "" && m.Size > 0 {
+		hash, err := parseDigest(m.Digest)
+		return &fileLayer{hash: hash, size: m.Size}, err
+	}
 	f, err := os.Open(m.Path)
 	if err != nil {
 		return nil, fmt.Errorf("open module: %w", err)
@@ -335,6 +379,9 @@ func (l *fileLayer) Size() (int64, error)                 { return l.size, nil }
 func (l *fileLayer) MediaType() (types.MediaType, error)  { return MediaTypeSpinWasm, nil }
 func (l *fileLayer) Uncompressed() (io.ReadCloser, error) { return l.Compressed() }
 func (l *fileLayer) Compressed() (io.ReadCloser, error) {
+	if l.path == "" {
+		return nil, fmt.Errorf("%w: the module %s is not in the repository any more; submit it again", ErrNotFound, l.hash)
+	}
 	f, err := os.Open(l.path)
 	if err != nil {
 		return nil, fmt.Errorf("open module: %w", err)

@@ -23,8 +23,17 @@ func TestSpinArtifactHasTheDocumentedBytes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	greeting := "hello {{ not a template }}"
+	configured, err := BuildSpin(m, SpinOptions{
+		Name: "user1", Version: "1.0.0", Env: map[string]string{"GREETING": greeting, "_LEVEL": "<1>"},
+		Variables: map[string]SpinVariable{"greeting": {Default: &greeting}, "token": {Secret: true}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, got := range map[string][]byte{
 		"config.json": img.config, "manifest.json": img.manifest, "locked-app.json": img.LockedApp(),
+		"configured-manifest.json": configured.manifest, "configured-locked-app.json": configured.LockedApp(),
 	} {
 		golden := filepath.Join("testdata", "spin", name)
 		if *update {

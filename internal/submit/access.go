@@ -36,6 +36,10 @@ const (
 // caller may create or update it.
 var errOtherVerb = errors.New("the function came or went while the request was worked on")
 
+// errOtherEnvironment: the function's environment, which its artifact has, was
+// changed since that was published.
+var errOtherEnvironment = errors.New("the function's environment was changed while the request was worked on")
+
 type callerKey struct{}
 
 func callerOf(ctx context.Context) access.Caller {
@@ -83,7 +87,7 @@ func (s *Server) readable(ctx context.Context, name string) (function.Function, 
 		}
 		return function.Function{}, err
 	}
-	return f, nil
+	return f, s.count(ctx, f.Tenant)
 }
 
 // stillReadable is for what was read in two steps: between them the name may

@@ -689,19 +689,74 @@ func TestRateOfChanges(t *testing.T) {
 	f.put("b", 4).want(429)
 }
 
+func TestRateOfAllRequests(t *testing.T) {
+	now := time.Now()
+	var mu sync.Mutex
+	f, k := twoTenants(t, quota(Quota{Requests: 0.5, RequestBurst: 5}), func(o *Options) {
+		o.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
+	})
+	pass := func(d time.Duration) { mu.Lock(); defer mu.Unlock(); now = now.Add(d) }
+	one := func(name, user string, status int) answer {
+		t.Helper()
+		return f.do("GET", "/v1/functions/"+name, nil, k.as(user)).want(status)
+	}
+	for range 4 { // and one was spent on the submit
+		one("a1", "alice", 200)
+	}
+	for _, c := range []struct {
+		method, path, user string
+		body               []byte
+		header             string
+	}{
+		{"GET", "/v1/functions/a1", "alice", nil, js},
+		{"GET", "/v1/functions/a1", "eve", nil, js}, // who may read counts
+		{"GET", "/v1/functions/a1/revisions", "alice", nil, js},
+		{"GET", "/v1/functions/a1/logs", "alice", nil, js},
+		{"GET", "/v1/functions?tenant=team-a", "alice", nil, js},
+		{"PUT", "/v1/functions/a1", "alice", module(2), wasm},
+		{"PUT", "/v1/functions/a2?tenant=team-a", "root", module(2), wasm},
+		{"PATCH", "/v1/functions/a1", "alice", []byte(`{}`), mp},
+		{"POST", "/v1/functions/a1/rollback", "alice", nil, js},
+		{"DELETE", "/v1/functions/a1", "alice", nil, js},
+	} {
+		a := f.do(c.method, c.path, c.body, c.header, k.as(c.user)).want(429)
+		if p := a.problem("too-many-api-requests"); !p.Retryable || a.header.Get("Retry-After") != "2" || !strings.Contains(p.Detail, `"team-a"`) {
+			t.Errorf("%s %s: %+v, Retry-After %q", c.method, c.path, p, a.header.Get("Retry-After"))
+		}
+	}
+	// Neither another tenant's rate nor what may be known of this one is touched.
+	for range 4 {
+		one("b1", "bob", 200)
+	}
+	one("a1", "bob", 404)
+	for range 5 {
+		f.do("GET", "/v1/functions", nil, k.as("root")).want(200)
+	}
+	if p := f.do("GET", "/v1/functions", nil, k.as("root")).want(429).problem("too-many-api-requests"); !strings.Contains(p.Detail, `user "root"`) {
+		t.Error(p.Detail)
+	}
+	f.do("GET", "/v1/functions", nil, k.as("auditor")).want(200)
+	pass(2 * time.Second)
+	one("a1", "alice", 200)
+	one("a1", "alice", 429)
+	for range 1000 {
+		f.do("GET", "/livez", nil).want(200)
+	}
+}
+
 func TestTenantsOwnQuota(t *testing.T) {
 	q := newQuotas(&Quotas{Default: Quota{Functions: 3}, For: func(_ context.Context, tenant string) (Quota, error) {
 		switch tenant {
 		case "large":
-			return Quota{Functions: -1, Bytes: -1, Rate: -1, Burst: -1}, nil
+			return Quota{Functions: -1, Bytes: -1, Rate: -1, Burst: -1, Requests: -1, RequestBurst: -1}, nil
 		case "broken":
 			return Quota{}, errors.New("no such namespace")
 		}
 		return Quota{Burst: 1}, nil
 	}}, nil, time.Now)
 	for tenant, want := range map[string]Quota{
-		"small": {3, DefaultQuotaBytes, DefaultQuotaRate, 1},
-		"large": {-1, -1, -1, -1},
+		"small": {3, DefaultQuotaBytes, DefaultQuotaRate, 1, DefaultQuotaRequests, DefaultQuotaRequestBurst},
+		"large": {-1, -1, -1, -1, -1, -1},
 	} {
 		if got, err := q.of(context.Background(), tenant); err != nil || got != want {
 			t.Errorf("%s: %+v, %v", tenant, got, err)
@@ -927,6 +982,7 @@ func testProblemsOfAccess(t *testing.T) {
 	f.do("GET", "/v1/functions", nil, k.as("alice")).want(403).problem("forbidden")
 	f.do("PUT", "/v1/functions/a2?tenant=team-a", module(1), wasm, k.as("alice")).want(403).problem("quota-exceeded")
 	f.do("DELETE", "/v1/functions/a1", nil, k.as("alice")).want(429).problem("too-many-changes")
+	TestRateOfAllRequests(t)
 	f.do("PATCH", "/v1/functions/b1", []byte(`{"host":"b.example.com"}`), mp, k.as("bob")).want(422).problem("runtime-unsupported")
 	TestAccessThatCannotBeDecidedIsNotDenied(t)
 	TestTroubleOfAClustersStore(t)

@@ -55,6 +55,9 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request) error {
 	if err := s.authorize(r.Context(), access.VerbList, o.Tenant, "", ""); err != nil {
 		return err
 	}
+	if err := s.count(r.Context(), o.Tenant); err != nil {
+		return err
+	}
 	page, err := s.o.Store.List(r.Context(), o)
 	if err != nil {
 		return err
@@ -66,7 +69,7 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request) error {
 	if page.Next != "" {
 		l.Continue = base64.RawURLEncoding.EncodeToString([]byte(page.Next))
 	}
-	jsonReply(http.StatusOK, l, nil).write(w)
+	listReply(l).write(w)
 	return nil
 }
 
@@ -120,7 +123,7 @@ func (s *Server) revisions(w http.ResponseWriter, r *http.Request) error {
 			Phases: phases(v), CreatedAt: v.CreatedAt, Error: v.Error,
 		})
 	}
-	jsonReply(http.StatusOK, l, nil).write(w)
+	listReply(l).write(w)
 	return nil
 }
 
@@ -154,10 +157,11 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request) (err error) {
 		return err
 	}
 	// Refuse before 50 MiB travel. The store decides again, atomically.
-	if err := s.early(r.Context(), name, change); err != nil {
+	tenant, err := s.early(r.Context(), name, change)
+	if err != nil {
 		return err
 	}
-	giveReceive, err := s.place(r.Context(), s.receives)
+	giveReceive, err := s.place(r.Context(), s.receives, tenant)
 	if err != nil {
 		return err
 	}
@@ -186,7 +190,7 @@ func (s *Server) put(w http.ResponseWriter, r *http.Request) (err error) {
 			}
 			return s.await(ctx, name, bound.Tenant, done.Revision, done.Created, wait)
 		}
-		res, err := s.submit(ctx, name, change, body)
+		res, err := s.submit(ctx, name, tenant, change, body)
 		if err != nil {
 			return nil, err
 		}
@@ -204,17 +208,18 @@ func (s *Server) fetch(ctx context.Context, tenant string, body *submission) (v1
 }
 
 // publish puts the body where the tenant's functions are.
-func (s *Server) publish(ctx context.Context, tenant, name string, body *submission, kind string) (v1alpha1.Artifact, error) {
-	meta := ArtifactMeta{SizeBytes: body.size, Kind: kind}
+func (s *Server) publish(ctx context.Context, tenant, name string, body *submission, kind string, app Application) (v1alpha1.Artifact, error) {
+	meta := ArtifactMeta{SizeBytes: body.size, Kind: kind, Application: app}
 	if p, ok := s.o.Publisher.(TenantPublisher); ok {
 		return p.PublishFor(ctx, tenant, name, body.path, body.digest, meta)
 	}
 	return s.o.Publisher.Publish(ctx, name, body.path, body.digest, meta)
 }
 
-// submit checks, publishes and records what a PUT brought.
-func (s *Server) submit(ctx context.Context, name string, unbound function.Change, body *submission) (function.Result, error) {
-	give, err := s.place(ctx, s.submits)
+// submit checks, publishes and records what a PUT brought, in the turn of the
+// tenant that early found.
+func (s *Server) submit(ctx context.Context, name, tenant string, unbound function.Change, body *submission) (function.Result, error) {
+	give, err := s.place(ctx, s.submits, tenant)
 	if err != nil {
 		return function.Result{}, err
 	}
@@ -298,33 +303,50 @@ func (s *Server) submit(ctx context.Context, name string, unbound function.Chang
 	if err := overMemory(checked.MemoryMinPages, settings.MemoryMiB); err != nil {
 		return function.Result{}, err
 	}
-	if body.image == "" {
-		if err := step("publish", func() (err error) {
-			artifact, err = s.publish(work, tenantOf(change, current), name, body, checked.Kind)
-			return err
-		}); err != nil {
-			return function.Result{}, err
+	for attempt := 1; ; attempt++ {
+		app := applicationOf(settings)
+		if body.image == "" {
+			if err := step("publish", func() (err error) {
+				artifact, err = s.publish(work, tenantOf(change, current), name, body, checked.Kind, app)
+				return err
+			}); err != nil {
+				return function.Result{}, err
+			}
 		}
-	}
-	if ctx.Err() != nil {
-		return function.Result{}, errClientGone // nothing was recorded, and nothing will be
-	}
-	started := time.Now()
-	res, err := s.add(ctx, name, unbound, change, verb, current, body.size, func(current *function.Function) (function.NewRevision, error) {
-		m, err := merged(current) // again: another writer may have been faster
+		if ctx.Err() != nil {
+			return function.Result{}, errClientGone // nothing was recorded, and nothing will be
+		}
+		started := time.Now()
+		res, err := s.add(ctx, name, unbound, change, verb, current, body.size, func(current *function.Function) (function.NewRevision, error) {
+			m, err := merged(current) // again: another writer may have been faster
+			if err == nil {
+				err = overMemory(checked.MemoryMinPages, m.MemoryMiB)
+			}
+			if err == nil && body.image == "" && !applicationOf(m).Equal(app) {
+				err = errOtherEnvironment
+			}
+			return function.NewRevision{
+				ModuleDigest: body.digest, SizeBytes: body.size, MemoryMinPages: checked.MemoryMinPages,
+				Artifact: artifact, Settings: m, Phases: steps,
+			}, err
+		})
 		if err == nil {
-			err = overMemory(checked.MemoryMinPages, m.MemoryMiB)
+			s.metrics.phase("record", time.Since(started))
+			return res, nil
 		}
-		return function.NewRevision{
-			ModuleDigest: body.digest, SizeBytes: body.size, MemoryMinPages: checked.MemoryMinPages,
-			Artifact: artifact, Settings: m, Phases: steps,
-		}, err
-	})
-	if err != nil {
-		return res, err
+		if !errors.Is(err, errOtherEnvironment) {
+			return res, err
+		}
+		if attempt == maxAttempts {
+			return res, fmt.Errorf("%w: %w", function.ErrPrecondition, err)
+		}
+		if current, err = s.current(work, name); err != nil {
+			return res, err
+		}
+		if settings, err = merged(current); err != nil {
+			return res, err
+		}
 	}
-	s.metrics.phase("record", time.Since(started))
-	return res, nil
 }
 
 // add records a revision of size bytes under what the caller may do and the
@@ -463,6 +485,27 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 		if ctx.Err() != nil {
 			return nil, errClientGone
 		}
+		res, err := s.change(ctx, name, change, patch)
+		if err != nil {
+			return nil, s.hidden(err)
+		}
+		auditOf(ctx).recorded(res)
+		return s.await(ctx, name, change.Tenant, res.Function.Wanted, false, wait)
+	})
+}
+
+// change records the wanted module with other settings. The artifact of a spin
+// function has its environment in it, and is published with the new one first.
+func (s *Server) change(ctx context.Context, name string, change function.Change, patch function.Patch) (function.Result, error) {
+	for attempt := 1; ; attempt++ {
+		seen, err := s.o.Store.Get(ctx, name)
+		if err != nil {
+			return function.Result{}, err
+		}
+		artifact, app, err := s.configure(ctx, change, seen, patch)
+		if err != nil {
+			return function.Result{}, err
+		}
 		res, err := s.o.Store.AddRevision(ctx, name, change, func(current *function.Function) (function.NewRevision, error) {
 			if current == nil {
 				return function.NewRevision{}, function.ErrNotFound
@@ -472,17 +515,46 @@ func (s *Server) patch(w http.ResponseWriter, r *http.Request) error {
 			if err := s.valid(settings); err != nil {
 				return function.NewRevision{}, err
 			}
+			if was.Artifact != seen.Revision.Artifact || !applicationOf(settings).Equal(app) {
+				return function.NewRevision{}, errOtherEnvironment // another writer was faster
+			}
 			return function.NewRevision{
 				ModuleDigest: was.ModuleDigest, SizeBytes: was.SizeBytes, MemoryMinPages: was.MemoryMinPages,
-				Artifact: was.Artifact, Settings: settings,
+				Artifact: artifact, Settings: settings,
 			}, overMemory(was.MemoryMinPages, settings.MemoryMiB)
 		})
-		if err != nil {
-			return nil, s.hidden(err)
+		if !errors.Is(err, errOtherEnvironment) {
+			return res, err
 		}
-		auditOf(ctx).recorded(res)
-		return s.await(ctx, name, change.Tenant, res.Function.Wanted, false, wait)
-	})
+		if attempt == maxAttempts {
+			return res, fmt.Errorf("%w: %w", function.ErrPrecondition, err)
+		}
+	}
+}
+
+// configure returns the artifact of the function as it is, f, with the patch
+// applied to its settings.
+func (s *Server) configure(ctx context.Context, change function.Change, f function.Function, patch function.Patch) (v1alpha1.Artifact, Application, error) {
+	was, settings := f.Revision, patch.Apply(f.Revision.Settings)
+	app := applicationOf(settings)
+	before := applicationOf(was.Settings)
+	c, able := s.o.Publisher.(Configurer)
+	if !able || app.Equal(before) {
+		return was.Artifact, app, nil
+	}
+	// Before anything reaches the registry: what is going to be refused leaves no
+	// trace there.
+	err := change.Admits(f.Name, &f)
+	if err == nil {
+		err = s.valid(settings)
+	}
+	if err != nil {
+		return was.Artifact, app, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.o.Limits.Work)
+	defer cancel()
+	artifact, err := c.Configure(ctx, f.Tenant, f.Name, was.Artifact, was.ModuleDigest, was.SizeBytes, before, app)
+	return artifact, app, err
 }
 
 // rollback serves POST /v1/functions/{name}/rollback.
@@ -651,29 +723,33 @@ func (s *Server) changeOf(r *http.Request) (c function.Change, wait time.Duratio
 }
 
 // early refuses a PUT before its body is read: for its caller, its tenant's
-// quotas, or a precondition, all without the store's lock.
-func (s *Server) early(ctx context.Context, name string, c function.Change) error {
+// quotas, or a precondition, all without the store's lock. The tenant is empty
+// where nothing depends on it.
+func (s *Server) early(ctx context.Context, name string, c function.Change) (tenant string, err error) {
 	// Under a key the request may have been made before: what it found then
 	// and did is not held against it now.
 	fresh := c.IdempotencyKey == ""
 	if !fresh && s.o.Access == nil && s.quotas == nil {
-		return nil
+		return "", nil
 	}
 	f, err := s.current(ctx, name)
 	if err != nil {
-		return err
+		return "", err
 	}
 	if c, _, err = s.admitPut(ctx, name, c, f, !fresh); err != nil {
-		return err
+		return "", err
 	}
-	tenant := tenantOf(c, f)
+	tenant = tenantOf(c, f)
+	if err := s.count(ctx, tenant); err != nil {
+		return tenant, err
+	}
 	if err := s.quotas.spend(ctx, tenant); err != nil || !fresh {
-		return err
+		return tenant, err
 	}
 	if err := c.Admits(name, f); err != nil {
-		return err
+		return tenant, err
 	}
-	return s.quotas.admits(ctx, tenant, name, -1)
+	return tenant, s.quotas.admits(ctx, tenant, name, -1)
 }
 
 // current returns the function, nil when there is none.

@@ -51,7 +51,9 @@ type fixture struct {
 	pages     uint32
 	pubErr    error
 	published int
-	image     []byte // what Fetch brings
+	apps      []Application // of what was published and configured, in order
+	configure func()        // called by Configure
+	image     []byte        // what Fetch brings
 	health    []Check
 	logLines  string
 	logErr    error
@@ -140,7 +142,36 @@ func (f *fixture) Publish(_ context.Context, name, path, digest string, meta Art
 		return v1alpha1.Artifact{}, f.pubErr
 	}
 	f.published++
-	return v1alpha1.Artifact{Repository: "functions/" + name, Digest: digest}, nil
+	f.apps = append(f.apps, meta.Application)
+	return artifactOf(name, digest, meta.Application), nil
+}
+
+// artifactOf has a digest that is the module's unless there is an Application.
+func artifactOf(name, digest string, app Application) v1alpha1.Artifact {
+	if !app.Equal(Application{}) {
+		digest = "sha256:" + hash(fmt.Appendf(nil, "%s %v", digest, app))
+	}
+	return v1alpha1.Artifact{Repository: "functions/" + name, Digest: digest}
+}
+
+func (f *fixture) Configure(_ context.Context, _, name string, from v1alpha1.Artifact, module string, _ int64, was, app Application) (v1alpha1.Artifact, error) {
+	f.mu.Lock()
+	configure := f.configure
+	f.configure = nil
+	f.mu.Unlock()
+	if configure != nil {
+		configure()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pubErr != nil {
+		return from, f.pubErr
+	}
+	if from != artifactOf(name, module, was) {
+		return from, fmt.Errorf("%+v was not published with %+v", from, was)
+	}
+	f.apps = append(f.apps, app)
+	return artifactOf(name, module, app), nil
 }
 
 func (f *fixture) Fetch(_ context.Context, image, dst string, _ int64) (v1alpha1.Artifact, error) {

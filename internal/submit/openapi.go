@@ -46,7 +46,7 @@ var (
 	// problemsOfAll can come from any operation.
 	problemsOfAll = []string{"malformed-request", "unknown-parameter", "invalid-parameter", "method-not-allowed", "internal", "store-unavailable"}
 	// problemsOfAccess can come from any below /v1.
-	problemsOfAccess = []string{"unauthorized", "forbidden", "access-unavailable", "not-installed"}
+	problemsOfAccess = []string{"unauthorized", "forbidden", "access-unavailable", "not-installed", "too-many-api-requests"}
 	// problemsOfChanges can come from any that changes something.
 	problemsOfChanges = []string{
 		"invalid-name", "invalid-idempotency-key", "cross-origin", "function-not-found", "body-stalled", "name-taken",

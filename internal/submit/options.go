@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,6 +50,31 @@ type ArtifactMeta struct {
 	SizeBytes int64
 	// Kind as the checker reported it.
 	Kind string
+	// Application is what the artifact says of the function's environment.
+	Application Application
+}
+
+// Application is what an artifact tells Spin of a function's environment; the
+// zero value, which all but spin functions have, is nothing. It has no secret's
+// value: whoever may read the registry reads artifacts.
+type Application struct {
+	// Env are environment variables with their values.
+	Env map[string]string
+	// Secrets are names of those that are given at run time, sorted.
+	Secrets []string
+}
+
+// applicationOf is the Application of a function with these settings.
+func applicationOf(s function.Settings) Application {
+	if !s.Spin() {
+		return Application{}
+	}
+	return Application{Env: s.Env, Secrets: s.Secrets.Names()}
+}
+
+// Equal says whether both make the same artifact.
+func (a Application) Equal(b Application) bool {
+	return maps.Equal(a.Env, b.Env) && slices.Equal(a.Secrets, b.Secrets)
 }
 
 // Publisher puts modules into the registry and gets them from one.
@@ -68,6 +95,18 @@ type TenantPublisher interface {
 	Publisher
 	PublishFor(ctx context.Context, tenant, name, modulePath, digest string, meta ArtifactMeta) (v1alpha1.Artifact, error)
 	FetchFor(ctx context.Context, tenant, imageRef, dst string, maxBytes int64) (v1alpha1.Artifact, error)
+}
+
+// Configurer is a Publisher that can publish what it has published before with
+// another Application. A Server that runs spin functions uses it when settings
+// change and the module does not.
+type Configurer interface {
+	Publisher
+	// Configure returns the artifact of the tenant's function with the
+	// Application app in place of was. The module, its digest and size are those
+	// that from was published with; its bytes are not sent again. An artifact
+	// that somebody else made comes back as it is.
+	Configure(ctx context.Context, tenant, name string, from v1alpha1.Artifact, module string, size int64, was, app Application) (v1alpha1.Artifact, error)
 }
 
 // PublishError is why a registry did not do as asked. Codes: those of the
@@ -123,7 +162,8 @@ type Limits struct {
 	// Submits is how many modules are checked and published at once (default 8).
 	Submits int
 	// Admission is how long a request waits for one of these places before
-	// 429 (default 2 s: long enough for a burst, short enough to retry).
+	// 429 (default 15 s: long enough for a burst of many tenants, short enough for
+	// proxies in between). Tenants take turns.
 	Admission time.Duration
 	// Stall is how long a body may bring no byte before 408 (default 10 s).
 	Stall time.Duration

@@ -5,6 +5,7 @@ import (
 	"context"
 	"math"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,6 +18,9 @@ const (
 	DefaultQuotaBytes     = 2 << 30
 	DefaultQuotaRate      = 5
 	DefaultQuotaBurst     = 30
+	// Some scripts in a loop at once; a hundredth of what a replica answers.
+	DefaultQuotaRequests     = 200
+	DefaultQuotaRequestBurst = 1000
 )
 
 // Quota bounds what one tenant may take. A zero field means the default, a
@@ -30,12 +34,18 @@ type Quota struct {
 	// after a pause. Changes that are refused later count, too.
 	Rate  float64
 	Burst int
+	// Requests is how many requests of all kinds a second are answered, of which
+	// RequestBurst at once after a pause. One without a tenant, such as a list of
+	// all, counts for its caller. What its caller may not do costs nobody anything.
+	Requests     float64
+	RequestBurst int
 }
 
 func (q Quota) or(d Quota) Quota {
 	return Quota{
 		Functions: cmp.Or(q.Functions, d.Functions), Bytes: cmp.Or(q.Bytes, d.Bytes),
 		Rate: cmp.Or(q.Rate, d.Rate), Burst: cmp.Or(q.Burst, d.Burst),
+		Requests: cmp.Or(q.Requests, d.Requests), RequestBurst: cmp.Or(q.RequestBurst, d.RequestBurst),
 	}
 }
 
@@ -82,9 +92,34 @@ type share struct {
 	lock  chan struct{}
 	users int // hold or wait for lock
 
+	changes, requests bucket
+	recent            map[string]recentChange
+}
+
+// bucket is a rate that is left; the zero value is a full one.
+type bucket struct {
 	tokens float64
 	at     time.Time // of tokens; zero: never used
-	recent map[string]recentChange
+}
+
+// take takes one, or says in how many seconds there will be one. A negative
+// burst is none.
+func (b *bucket) take(now time.Time, rate float64, burst int) (wait float64, ok bool) {
+	most := math.Max(1, float64(burst))
+	if burst < 0 {
+		most = math.Inf(1)
+	}
+	if b.at.IsZero() {
+		b.tokens = most
+	} else if now.After(b.at) {
+		b.tokens += now.Sub(b.at).Seconds() * rate
+	}
+	b.tokens, b.at = math.Min(b.tokens, most), now
+	if b.tokens < 1 {
+		return math.Ceil((1 - b.tokens) / rate), false
+	}
+	b.tokens--
+	return 0, true
 }
 
 // recentChange is what became of a function.
@@ -100,7 +135,7 @@ func newQuotas(o *Quotas, store function.Reader, now func() time.Time) *quotas {
 		return nil
 	}
 	q := &quotas{o: *o, store: store, now: now, shares: map[string]*share{}}
-	q.o.Default = q.o.Default.or(Quota{DefaultQuotaFunctions, DefaultQuotaBytes, DefaultQuotaRate, DefaultQuotaBurst})
+	q.o.Default = q.o.Default.or(Quota{DefaultQuotaFunctions, DefaultQuotaBytes, DefaultQuotaRate, DefaultQuotaBurst, DefaultQuotaRequests, DefaultQuotaRequestBurst})
 	return q
 }
 
@@ -119,8 +154,8 @@ func (q *quotas) share(tenant string) *share {
 	}
 	if len(q.shares) >= maxShares {
 		for name, s := range q.shares {
-			// After a minute without a change every sensible bucket is full.
-			if s.users == 0 && q.now().Sub(s.at) > time.Minute {
+			// After a minute without a request every sensible bucket is full.
+			if s.users == 0 && q.now().Sub(s.changes.at) > time.Minute && q.now().Sub(s.requests.at) > time.Minute {
 				delete(q.shares, name)
 			}
 		}
@@ -139,28 +174,61 @@ func (q *quotas) spend(ctx context.Context, tenant string) error {
 	if err != nil || quota.Rate < 0 {
 		return err
 	}
-	burst := math.Max(1, float64(quota.Burst))
-	if quota.Burst < 0 {
-		burst = math.Inf(1)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	wait, ok := q.share(tenant).changes.take(q.now(), quota.Rate, quota.Burst)
+	if ok {
+		return nil
+	}
+	p := newProblem("too-many-changes", "The tenant %q may make %s changes a second, %d at once. Send the same request again in %.0f s.", tenant,
+		strconv.FormatFloat(quota.Rate, 'g', 3, 64), max(1, quota.Burst), wait)
+	p.retryAfter = int(wait)
+	return p
+}
+
+type countedKey struct{}
+
+// counting lets count count a request once.
+func (s *Server) counting(ctx context.Context) context.Context {
+	if s.quotas == nil {
+		return ctx
+	}
+	return context.WithValue(ctx, countedKey{}, new(bool))
+}
+
+// count takes the request from the tenant's rate of all requests; an empty one
+// is its caller's. Only the first call for a request counts, which comes once it
+// is known that the caller may make it: else anybody could use up what is not
+// theirs.
+func (s *Server) count(ctx context.Context, tenant string) error {
+	counted, _ := ctx.Value(countedKey{}).(*bool)
+	if s.quotas == nil || counted == nil || *counted {
+		return nil
+	}
+	*counted = true
+	who, key := "tenant", tenant
+	if tenant == "" {
+		who, key = "user", "user "+callerOf(ctx).User // no tenant has a space in its name
+	}
+	return s.quotas.request(ctx, who, tenant, key)
+}
+
+// request takes one request from the rate under key.
+func (q *quotas) request(ctx context.Context, who, tenant, key string) error {
+	quota, err := q.of(ctx, tenant)
+	if err != nil || quota.Requests < 0 {
+		return err
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s, now := q.share(tenant), q.now()
-	if s.at.IsZero() {
-		s.tokens = burst
-	} else if now.After(s.at) {
-		s.tokens += now.Sub(s.at).Seconds() * quota.Rate
+	wait, ok := q.share(key).requests.take(q.now(), quota.Requests, quota.RequestBurst)
+	if ok {
+		return nil
 	}
-	s.tokens, s.at = math.Min(s.tokens, burst), now
-	if s.tokens < 1 {
-		wait := math.Ceil((1 - s.tokens) / quota.Rate)
-		p := newProblem("too-many-changes", "The tenant %q may make %s changes a second, %s at once. Send the same request again in %.0f s.", tenant,
-			strconv.FormatFloat(quota.Rate, 'g', 3, 64), strconv.FormatFloat(burst, 'f', 0, 64), wait)
-		p.retryAfter = int(wait)
-		return p
-	}
-	s.tokens--
-	return nil
+	p := newProblem("too-many-api-requests", "The %s %q may make %s requests a second, %d at once. Send the same request again in %.0f s.", who,
+		strings.TrimPrefix(key, "user "), strconv.FormatFloat(quota.Requests, 'g', 4, 64), max(1, quota.RequestBurst), wait)
+	p.retryAfter = int(wait)
+	return p
 }
 
 // admits says whether the tenant's function may have a wanted module of this

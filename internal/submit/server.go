@@ -20,7 +20,7 @@ import (
 const (
 	defaultReceives  = 32
 	defaultSubmits   = 8
-	defaultAdmission = 2 * time.Second
+	defaultAdmission = 15 * time.Second
 	defaultStall     = 10 * time.Second
 	defaultReceive   = 10 * time.Minute
 	defaultWork      = 2 * time.Minute
@@ -35,8 +35,8 @@ type Server struct {
 	o        Options
 	log      *slog.Logger
 	metrics  *metrics
-	receives chan struct{}
-	submits  chan struct{}
+	receives *places
+	submits  *places
 	openapi  []byte
 	quotas   *quotas // nil: none
 	// accessEvery is a constant to all but tests.
@@ -96,8 +96,8 @@ func New(o Options) (*Server, error) {
 	}
 	s := &Server{
 		o: o, log: o.Logger, metrics: m,
-		receives: make(chan struct{}, l.Receives),
-		submits:  make(chan struct{}, l.Submits),
+		receives: newPlaces(l.Receives),
+		submits:  newPlaces(l.Submits),
 		openapi:  buildOpenAPI(o.Version, o.Access != nil),
 		quotas:   newQuotas(o.Quotas, o.Store, o.Now), accessEvery: accessEvery,
 	}
@@ -258,7 +258,7 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 		h.Set("Hearth-Request-Id", id)
 		h.Set("X-Content-Type-Options", "nosniff")
 		ctx, audit := s.newAudit(context.WithValue(r.Context(), requestIDKey{}, id), r, id)
-		r = r.WithContext(ctx)
+		r = r.WithContext(s.counting(ctx))
 
 		err := serve(s, w, r)
 		var p *problem
@@ -358,25 +358,17 @@ func newRequestID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// place waits for one of a limited number of places and returns the function
-// that gives it back.
-func (s *Server) place(ctx context.Context, places chan struct{}) (func(), error) {
-	give := func() { <-places }
-	select {
-	case places <- struct{}{}:
-		return give, nil
-	default:
-	}
-	timer := time.NewTimer(s.o.Limits.Admission)
-	defer timer.Stop()
-	select {
-	case places <- struct{}{}:
-		return give, nil
-	case <-timer.C:
-		return nil, newProblem("too-many-submits", "Too many functions are being submitted at once. Send the same request again in a moment.")
-	case <-ctx.Done():
+// place waits for one of a limited number of places, in the tenant's turn, and
+// returns the function that gives it back.
+func (s *Server) place(ctx context.Context, of *places, tenant string) (func(), error) {
+	ok, err := of.take(ctx, tenant, s.o.Limits.Admission)
+	switch {
+	case err != nil:
 		return nil, errClientGone
+	case !ok:
+		return nil, newProblem("too-many-submits", "Too many functions are being submitted at once. Send the same request again in a moment.")
 	}
+	return of.give, nil
 }
 
 // untilStop is a request's context that also ends with Close.

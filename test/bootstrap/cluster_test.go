@@ -3,6 +3,7 @@ package bootstrap_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -68,7 +69,9 @@ func etcdMembers(t *testing.T, m *machine.Machine, want int) {
 // TestAClusterComesUpFromUserDataAlone boots three servers at once and two
 // agents with them; then one server is lost and replaced.
 func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
-	l := newLab(t)
+	t.Parallel()
+	l := newLab(t, "cluster")
+	l.lease = "5m"
 	began := time.Now()
 	var servers, all []*machine.Machine
 	for i := range 3 {
@@ -119,6 +122,11 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 		t.Errorf("the lifecycle of a Spot instance is %q", got)
 	}
 	tokensStayWhereTheyBelong(t, all)
+	for _, m := range all {
+		if out, err := m.Exec(t.Context(), "nodeagent", "--version"); err != nil {
+			t.Errorf("nodeagent on %s: %v: %s", m.Name, err, out)
+		}
+	}
 
 	// Again, and nothing changes: no file, no restart.
 	for _, m := range []*machine.Machine{servers[0], servers[1], spot} {
@@ -165,6 +173,39 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 			t.Errorf("%s is not Ready", m.Name)
 		}
 	}
+	nothingOfAnAgentIsLeft(t, spot, l.k3s.Binds)
+}
+
+// nothingOfAnAgentIsLeft resets an agent. That a reset leaves nothing at all is
+// shown with a server, whose every file is known from before.
+func nothingOfAnAgentIsLeft(t *testing.T, m *machine.Machine, binds map[string]string) {
+	t.Helper()
+	if out, err := m.Exec(t.Context(), "bootstrap", "reset", "--yes"); err != nil {
+		t.Fatalf("reset: %v: %s", err, out)
+	}
+	for _, line := range running(t, m) {
+		switch kind, what, _ := strings.Cut(line, " "); kind {
+		case "interface":
+			if what != "lo" && !strings.HasPrefix(what, "eth0") {
+				t.Errorf("after the reset of an agent there is the %s", line)
+			}
+		case "route":
+			if !strings.Contains(what, "eth0") {
+				t.Errorf("after the reset of an agent there is the %s", line)
+			}
+		case "mount":
+			if _, bench := binds[strings.Fields(what)[0]]; !bench {
+				t.Errorf("after the reset of an agent there is the %s", line)
+			}
+		default:
+			t.Errorf("after the reset of an agent there is the %s", line)
+		}
+	}
+	for _, path := range []string{"/var/lib/rancher", "/etc/rancher", "/var/lib/kubelet", "/etc/systemd/system/k3s-agent.service", binDir + "/k3s", binDir + "/nodeagent"} {
+		if _, err := os.Lstat(m.Path(path)); err == nil {
+			t.Errorf("after the reset of an agent there is %s", path)
+		}
+	}
 }
 
 func phases(r bootstrap.Result) string {
@@ -180,12 +221,12 @@ func phases(r bootstrap.Result) string {
 func tokensStayWhereTheyBelong(t *testing.T, all []*machine.Machine) {
 	t.Helper()
 	for _, m := range all {
-		script := `grep -rlE 'K10[0-9a-f]{64}::(server|node):' /etc /run/systemd /var/log /usr/local /var/lib/hearth /var/lib/cloud 2>/dev/null | while read f; do
+		script := `grep -rIlE 'K10[0-9a-f]{64}::(server|node):' /etc /run/systemd /var/log /usr/local /var/lib/hearth /var/lib/cloud 2>/dev/null | while read f; do
 			[ "$(stat -c %a "$f")" = 600 ] || echo "$f is readable for others"
 		done
 		journalctl --no-pager | grep -cE 'K10[0-9a-f]{64}::(server|node):' | grep -v '^0$' || true
 		cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -E 'K10[0-9a-f]{64}::' || true
-		if [ ! -d /var/lib/rancher/k3s/server ]; then grep -rl '::server:' /var/lib/hearth /etc/rancher /var/lib/rancher 2>/dev/null || true; fi`
+		if [ ! -d /var/lib/rancher/k3s/server ]; then grep -rIl '::server:' /var/lib/hearth /etc/rancher /var/lib/rancher 2>/dev/null || true; fi`
 		out, err := m.Exec(t.Context(), "sh", "-c", script)
 		if err != nil || strings.TrimSpace(out) != "" {
 			t.Errorf("tokens on %s: %v: %s", m.Name, err, out)

@@ -12,7 +12,6 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -32,7 +31,6 @@ import (
 	"github.com/hearth-sh/hearth/internal/k3s/join"
 	"github.com/hearth-sh/hearth/internal/nodeconfig"
 	"github.com/hearth-sh/hearth/internal/systemd"
-	"github.com/hearth-sh/hearth/test/cluster"
 	"github.com/hearth-sh/hearth/test/machine"
 )
 
@@ -47,16 +45,8 @@ const (
 // bare is a machine with bootstrap on its disk and nothing that starts it.
 func (l *lab) bare(name string, spec machine.Spec) *machine.Machine {
 	l.t.Helper()
-	binary, err := cluster.GoBinary(l.t.Context(), "./cmd/bootstrap")
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	content, err := os.ReadFile(binary)
-	if err != nil {
-		l.t.Fatal(err)
-	}
 	m := l.add(name, "", spec)
-	if err := m.WriteFile(program, content, 0o755); err != nil {
+	if err := m.WriteFile(program, l.program, 0o755); err != nil {
 		l.t.Fatal(err)
 	}
 	l.boot(m)
@@ -117,7 +107,8 @@ spec:
 `, pool, stateBucket, store, filesBucket, l.key, more)
 }
 
-// rest completes spec: k3s, and deadlines as short as they may be.
+// rest completes spec: k3s, and deadlines as short as they may be where nothing
+// is done before they are over.
 func (l *lab) rest(host string) string {
 	if host == "" {
 		host = "minDiskFree: 512Mi"
@@ -130,7 +121,7 @@ func (l *lab) rest(host string) string {
   - name: wasmtime
   host:
     %s
-  timeouts: {fetch: 10s, join: 10s, ready: 10s, prove: 10s}
+  timeouts: {fetch: 5m, join: 10s, ready: 10s, prove: 10s}
 `, l.k3s.Version, host)
 }
 
@@ -139,7 +130,9 @@ func (l *lab) rest(host string) string {
 func (l *lab) insteadOfK3s(key string, content, served []byte) string {
 	l.t.Helper()
 	sum := sha256.Sum256(content)
-	l.put(filesBucket, key, served)
+	if err := l.put(l.t.Context(), filesBucket, key, served); err != nil {
+		l.t.Fatal(err)
+	}
 	return fmt.Sprintf(`    files:
     - name: k3s
       version: %s
@@ -228,9 +221,9 @@ const (
 // with nothing half-done.
 func TestBadInputEndsInAClassifiedError(t *testing.T) {
 	t.Parallel() // most of it is waiting
-	l := newLab(t)
+	l := newLab(t, "faults")
 	m := l.bare("victim", machine.Spec{Configure: func(c *imdstest.Config) { c.Tags = map[string]string{} }})
-	ctx := boundedBy(t, 8*time.Minute)
+	ctx := boundedBy(t, 20*time.Minute)
 	if err := m.WaitCloudInit(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -252,6 +245,7 @@ func TestBadInputEndsInAClassifiedError(t *testing.T) {
 	wrong := bytes.Repeat([]byte("not k3s "), 1000)
 	k3sIs := func(key, script string) string { return l.insteadOfK3s(key, []byte(script), []byte(script)) }
 	good := func(store, files, host string) string { return l.spec("control-plane", store, files+l.rest(host)) }
+	unfetched := func(config string) string { return strings.Replace(config, "fetch: 5m", "fetch: 10s", 1) }
 
 	// What passes by itself is waited for as long as instance metadata may take,
 	// so these run beside everything else, each with a service of its own.
@@ -274,7 +268,7 @@ func TestBadInputEndsInAClassifiedError(t *testing.T) {
 			exit:    bootstrap.ExitFetch, code: artifact.CodeNotFound, mentions: "k3s",
 		},
 		"a download that stalls": {
-			attempt: attempt{config: good("stall", l.insteadOfK3s("stalled", wrong, wrong), ""), env: map[string]string{"AWS_ENDPOINT_URL_S3": l.stalling("stalled")}},
+			attempt: attempt{config: unfetched(good("stall", l.insteadOfK3s("stalled", wrong, wrong), "")), env: map[string]string{"AWS_ENDPOINT_URL_S3": l.stalling("stalled")}},
 			exit:    bootstrap.ExitFetch, code: artifact.CodeTimeout, mentions: "k3s",
 		},
 		"a list of artifacts that nobody trusted signed": {
@@ -339,7 +333,7 @@ func TestBadInputEndsInAClassifiedError(t *testing.T) {
 		"an instance without a role": {
 			before:  instance(func(c *imdstest.Config) { c.Role = "" }),
 			after:   instance(func(c *imdstest.Config) { c.Role = role }),
-			attempt: attempt{config: good("no-role", "", "")}, exit: bootstrap.ExitFetch, code: artifact.CodeManifestUnreachable, mentions: "manifest",
+			attempt: attempt{config: unfetched(good("no-role", "", ""))}, exit: bootstrap.ExitFetch, code: artifact.CodeManifestUnreachable, mentions: "manifest",
 		},
 		"a store without a bucket": {
 			attempt: attempt{config: strings.ReplaceAll(good("no-bucket", k3sIs("no-bucket", exiting), ""), "s3://"+stateBucket, "s3://nobody-has-this")},

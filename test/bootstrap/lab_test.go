@@ -11,8 +11,10 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -20,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -45,120 +48,147 @@ const (
 	role                     = "hearth-node"
 )
 
-// lab is a network with everything around the machines.
-type lab struct {
-	t       *testing.T
+// world is what machines of all tests have around them. It is made once: that
+// takes as long as a test. Each test has a part of it for itself, a lab.
+type world struct {
 	network *machine.Network
 	k3s     *k3s.Distribution
 	aws     string // base URL, as machines see it
+	gate    *gate
 	key     artifact.PublicKey
-	// bootstrap is the binary's digest; it is fetched from files.
-	bootstrapSum string
-	files        string // base URL of files for the script in user-data
-	// slow is how much of a download passes per second; 0 for all.
-	gate *gate
+	program []byte // the bootstrap binary, which is fetched from files
+	sum     string // its digest
+	files   string // base URL of files for the script in user-data
+
+	closers []func() error // in the order of what they undo
 }
 
-// gate is in front of moto: it lets one conditional write through at a time,
-// since moto checks and writes in two steps, and counts.
-type gate struct {
-	proxy *httputil.ReverseProxy
-	mu    sync.Mutex
+// theWorld is nil until the first test needs it, and closed by TestMain.
+var theWorld struct {
+	sync.Mutex
+	*world
+	err error
 }
 
-func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Method == http.MethodPut || r.Method == http.MethodPost {
-		g.mu.Lock()
-		defer g.mu.Unlock()
+// sharedWorld makes the world, or returns what went wrong when it was made.
+func sharedWorld(ctx context.Context) (*world, error) {
+	theWorld.Lock()
+	defer theWorld.Unlock()
+	if theWorld.world == nil && theWorld.err == nil {
+		w := &world{}
+		theWorld.world, theWorld.err = w, w.make(context.WithoutCancel(ctx))
 	}
-	g.proxy.ServeHTTP(w, r)
+	return theWorld.world, theWorld.err
 }
 
-// newLab needs root and what machines and clusters need; without it the test
-// is skipped, but fails where CI is set.
-func newLab(t *testing.T) *lab {
-	t.Helper()
-	for _, check := range []func() error{cluster.Check, machine.Check} {
-		if err := check(); err != nil {
-			if os.Getenv("CI") == "" {
-				t.Skip(err)
-			}
-			t.Fatal(err)
+func (w *world) make(ctx context.Context) (err error) {
+	dir, err := os.MkdirTemp("", "hearth-bootstrap-test-")
+	if err != nil {
+		return err
+	}
+	w.closers = append(w.closers, func() error { return os.RemoveAll(dir) })
+	if w.k3s, err = k3s.Load(ctx, dir, os.Stderr); err != nil {
+		return err
+	}
+	wasm, err := shims.Compile(ctx, os.Stderr)
+	if err != nil {
+		return err
+	}
+	binary, err := cluster.GoBinary(ctx, "./cmd/bootstrap")
+	if err != nil {
+		return err
+	}
+	agent, err := cluster.GoBinary(ctx, "./cmd/nodeagent")
+	if err != nil {
+		return err
+	}
+	if w.network, err = machine.New(ctx, machine.Options{}); err != nil {
+		return err
+	}
+	w.closers = append(w.closers, w.network.Close)
+	log, err := os.Create(filepath.Join(dir, "moto.log"))
+	if err != nil {
+		return err
+	}
+	address, stop, err := mototest.Run(ctx, log)
+	if err != nil {
+		return err
+	}
+	w.closers = append(w.closers, func() error { stop(); return log.Close() })
+	moto, err := url.Parse(address)
+	if err != nil {
+		return err
+	}
+	w.gate = &gate{proxy: httputil.NewSingleHostReverseProxy(moto), refused: map[string]chan struct{}{}}
+	if w.aws, err = w.serve(ctx, w.gate); err != nil {
+		return err
+	}
+	for _, bucket := range []string{stateBucket, filesBucket} {
+		if err := w.put(ctx, bucket, "", nil); err != nil {
+			return err
 		}
 	}
-	dir := t.TempDir()
-	distribution, err := k3s.Load(t.Context(), dir, os.Stderr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wasm, err := shims.Compile(t.Context(), os.Stderr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	binary, err := cluster.GoBinary(t.Context(), "./cmd/bootstrap")
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent, err := cluster.GoBinary(t.Context(), "./cmd/nodeagent")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := &lab{t: t, network: machine.Start(t, machine.Options{}), k3s: distribution}
-	moto, err := url.Parse(mototest.Start(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.gate = &gate{proxy: httputil.NewSingleHostReverseProxy(moto)}
-	l.aws = l.serve(l.gate)
-	for _, bucket := range []string{stateBucket, filesBucket} {
-		l.put(bucket, "", nil)
-	}
-	l.publish(map[string]string{
-		"k3s": distribution.Binary, "k3s-airgap-images": distribution.Images,
+	if err := w.publish(ctx, map[string]string{
+		"k3s": w.k3s.Binary, "k3s-airgap-images": w.k3s.Images,
 		"containerd-shim-wasmtime-v1": wasm.Wasmtime, "nodeagent": agent,
-	})
-
-	content, err := os.ReadFile(binary)
-	if err != nil {
-		t.Fatal(err)
+	}); err != nil {
+		return err
 	}
-	sum := sha256.Sum256(content)
-	l.bootstrapSum = hex.EncodeToString(sum[:])
+	if w.program, err = os.ReadFile(binary); err != nil {
+		return err
+	}
+	sum := sha256.Sum256(w.program)
+	w.sum = hex.EncodeToString(sum[:])
 	var compressed bytes.Buffer
-	w, _ := gzip.NewWriterLevel(&compressed, gzip.BestSpeed)
-	if _, err := w.Write(content); err != nil {
-		t.Fatal(err)
+	z, _ := gzip.NewWriterLevel(&compressed, gzip.BestSpeed)
+	if _, err := z.Write(w.program); err != nil {
+		return err
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	if err := z.Close(); err != nil {
+		return err
 	}
-	l.files = l.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		http.ServeContent(w, r, "bootstrap.gz", time.Time{}, bytes.NewReader(compressed.Bytes()))
+	w.files, err = w.serve(ctx, http.HandlerFunc(func(out http.ResponseWriter, r *http.Request) {
+		http.ServeContent(out, r, "bootstrap.gz", time.Time{}, bytes.NewReader(compressed.Bytes()))
 	}))
-	return l
+	return err
 }
 
-// serve answers machines until the test ends.
-func (l *lab) serve(handler http.Handler) string {
-	l.t.Helper()
-	listener, err := new(net.ListenConfig).Listen(l.t.Context(), "tcp", net.JoinHostPort(l.network.HostIP(), "0"))
-	if err != nil {
-		l.t.Fatal(err)
+// close ends what make made, also half of it.
+func (w *world) close() error {
+	var errs []error
+	for _, c := range slices.Backward(w.closers) {
+		errs = append(errs, c())
 	}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+	return errors.Join(errs...)
+}
+
+// serve answers machines until the world ends.
+func (w *world) serve(ctx context.Context, handler http.Handler) (base string, err error) {
+	base, stop, err := serve(ctx, w.network.HostIP(), handler)
+	if err == nil {
+		w.closers = append(w.closers, stop)
+	}
+	return base, err
+}
+
+func serve(ctx context.Context, ip string, handler http.Handler) (base string, stop func() error, err error) {
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort(ip, "0"))
+	if err != nil {
+		return "", nil, err
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(listener) }()
-	l.t.Cleanup(func() { _ = server.Close(); <-done })
-	return "http://" + listener.Addr().String()
+	return "http://" + listener.Addr().String(), func() error { err := server.Close(); <-done; return err }, nil
 }
 
 // put writes an object to S3, or makes a bucket with an empty key. moto looks
 // at no signature.
-func (l *lab) put(bucket, key string, content []byte) {
-	l.t.Helper()
-	request, err := http.NewRequestWithContext(l.t.Context(), http.MethodPut, l.aws+"/"+bucket+"/"+key, bytes.NewReader(content))
+func (w *world) put(ctx context.Context, bucket, key string, content []byte) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPut, w.aws+"/"+bucket+"/"+key, bytes.NewReader(content))
 	if err != nil {
-		l.t.Fatal(err)
+		return err
 	}
 	// The region of a bucket is that of the request that makes it.
 	request.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/eu-central-1/s3/aws4_request, SignedHeaders=host, Signature=0")
@@ -168,61 +198,157 @@ func (l *lab) put(bucket, key string, content []byte) {
 	}
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
-		l.t.Fatal(err)
+		return err
 	}
 	defer response.Body.Close()
 	if body, _ := io.ReadAll(response.Body); response.StatusCode != http.StatusOK {
-		l.t.Fatalf("put s3://%s/%s: %s: %s", bucket, key, response.Status, body)
+		return fmt.Errorf("put s3://%s/%s: %s: %s", bucket, key, response.Status, body)
 	}
+	return nil
 }
 
 // publish puts files and their signed list into S3.
-func (l *lab) publish(files map[string]string) {
-	l.t.Helper()
+func (w *world) publish(ctx context.Context, files map[string]string) error {
 	list := artifact.Manifest{APIVersion: "hearth.sh/v1alpha1", Kind: artifact.ManifestKind, Name: "hearth", Serial: 1, Issued: time.Now().UTC().Truncate(time.Second)}
 	for name, file := range files {
 		content, err := os.ReadFile(file)
 		if err != nil {
-			l.t.Fatal(err)
+			return err
 		}
 		key := filepath.Base(file)
-		l.put(filesBucket, key, content)
+		if err := w.put(ctx, filesBucket, key, content); err != nil {
+			return err
+		}
 		a := artifact.Artifact{
 			Name: name, Version: "v1.0.0", OS: "linux", Arch: runtime.GOARCH, URLs: []string{"s3://" + filesBucket + "/" + key},
 			SHA256: sha256.Sum256(content), Size: int64(len(content)),
 		}
 		if strings.HasPrefix(name, "k3s") {
-			a.Version = l.k3s.Version
+			a.Version = w.k3s.Version
 		}
 		list.Artifacts = append(list.Artifacts, a)
 	}
 	encoded, err := list.Encode()
 	if err != nil {
-		l.t.Fatal(err)
+		return err
 	}
 	private, err := artifact.GenerateKey()
 	if err != nil {
-		l.t.Fatal(err)
+		return err
 	}
 	signatures, err := artifact.Sign(encoded, private)
 	if err != nil {
+		return err
+	}
+	w.key = private.Public()
+	if err := w.put(ctx, filesBucket, "artifacts.json", encoded); err != nil {
+		return err
+	}
+	return w.put(ctx, filesBucket, "artifacts.json"+artifact.SignatureSuffix, signatures)
+}
+
+// gate is in front of moto: it lets one conditional write through at a time,
+// since moto checks and writes in two steps, and keeps writes back.
+type gate struct {
+	proxy  *httputil.ReverseProxy
+	writes sync.Mutex
+
+	mu      sync.Mutex
+	refused map[string]chan struct{} // by path, closed when those who wait are refused
+}
+
+// keepBack makes every write of a path wait until refuse is called, and fail
+// then without having been done.
+func (g *gate) keepBack(path string) (refuse func()) {
+	refused := make(chan struct{})
+	g.mu.Lock()
+	g.refused[path] = refused
+	g.mu.Unlock()
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		delete(g.refused, path)
+		g.mu.Unlock()
+		close(refused)
+	})
+}
+
+func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPut && r.Method != http.MethodPost {
+		g.proxy.ServeHTTP(w, r)
+		return
+	}
+	g.mu.Lock()
+	refused := g.refused[r.URL.Path]
+	g.mu.Unlock()
+	if refused != nil {
+		<-refused
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	}
+	g.writes.Lock()
+	defer g.writes.Unlock()
+	g.proxy.ServeHTTP(w, r)
+}
+
+// lab is a test's part of the world: a store and machines of its own.
+type lab struct {
+	*world
+	t *testing.T
+	// name is that of the store, and what the machines' names begin with.
+	name string
+	// store is where the cluster is elected.
+	store string
+	// lease of a founder: long where nobody is to take over on a busy machine.
+	lease string
+}
+
+// newLab needs root and what machines and clusters need; without it the test
+// is skipped, but fails where CI is set.
+func newLab(t *testing.T, name string) *lab {
+	t.Helper()
+	for _, check := range []func() error{cluster.Check, machine.Check} {
+		if err := check(); err != nil {
+			if os.Getenv("CI") == "" {
+				t.Skip(err)
+			}
+			t.Fatal(err)
+		}
+	}
+	w, err := sharedWorld(t.Context())
+	if errors.Is(err, mototest.ErrMissing) && os.Getenv("CI") == "" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &lab{world: w, t: t, name: name, store: "s3://" + stateBucket + "/" + name, lease: "15s"}
+}
+
+// serve answers machines until the test ends.
+func (l *lab) serve(handler http.Handler) string {
+	l.t.Helper()
+	base, stop, err := serve(l.t.Context(), l.network.HostIP(), handler)
+	if err != nil {
 		l.t.Fatal(err)
 	}
-	l.key = private.Public()
-	l.put(filesBucket, "artifacts.json", encoded)
-	l.put(filesBucket, "artifacts.json"+artifact.SignatureSuffix, signatures)
+	l.t.Cleanup(func() { _ = stop() })
+	return base
 }
 
 // userData is what an owner of such a cluster launches instances with.
 func (l *lab) userData(pool, more string) string {
+	disable := "" // their images are out of reach
+	if pool == "control-plane" {
+		disable = "      disable: [traefik, servicelb, coredns, local-storage, metrics-server]\n"
+	}
 	config := fmt.Sprintf(`apiVersion: hearth.sh/v1alpha1
 kind: NodeConfig
 spec:
   pool: %s
   cluster:
     name: lab
-    store: s3://%s/lab
-    lease: 15s
+    store: %s
+    lease: %s
   artifacts:
     manifest: s3://%s/artifacts.json
     publicKeys: [%q]
@@ -230,11 +356,13 @@ spec:
     version: %s
     config:
       kubelet-arg: [fail-cgroupv1=false]
+%s  network:
+    flannelBackend: host-gw
   shims:
   - name: wasmtime
   host:
     minDiskFree: 512Mi
-%s`, pool, stateBucket, filesBucket, l.key, l.k3s.Version, more)
+%s`, pool, l.store, l.lease, filesBucket, l.key, l.k3s.Version, disable, more)
 	return fmt.Sprintf(`#cloud-config
 write_files:
 - path: /etc/hearth/node.yaml
@@ -260,7 +388,7 @@ func (l *lab) fetchScript() string {
 			line = "url=" + l.files + "/bootstrap.gz\n"
 		case strings.HasPrefix(line, "sha256_"):
 			name, _, _ := strings.Cut(line, "=")
-			line = name + "=" + l.bootstrapSum + "\n"
+			line = name + "=" + l.sum + "\n"
 		}
 		out.WriteString(line)
 	}
@@ -272,10 +400,13 @@ func indent(s, by string) string {
 }
 
 // add makes a machine as its image has it: with nothing of ours but the address
-// of the AWS endpoint.
+// of the AWS endpoint. It goes when the test ends.
 func (l *lab) add(name, userData string, spec machine.Spec) *machine.Machine {
 	l.t.Helper()
-	spec.Name, spec.UserData, spec.Binds = name, userData, l.k3s.Binds
+	spec.Name, spec.UserData = l.name+"-"+name, userData
+	binds := maps.Clone(l.k3s.Binds)
+	maps.Copy(binds, spec.Binds)
+	spec.Binds = binds
 	configure := spec.Configure
 	spec.Configure = func(c *imdstest.Config) {
 		c.Role = role
@@ -287,8 +418,30 @@ func (l *lab) add(name, userData string, spec machine.Spec) *machine.Machine {
 	if err != nil {
 		l.t.Fatal(err)
 	}
+	l.t.Cleanup(func() { l.end(m) })
 	l.prepare(m)
 	return m
+}
+
+// endWithin bounds the end of one machine.
+const endWithin = 2 * time.Minute
+
+// end removes a machine, of which other tests' machines must feel nothing.
+func (l *lab) end(m *machine.Machine) {
+	if l.t.Failed() {
+		var logs strings.Builder
+		m.DumpLogs(&logs)
+		l.t.Log(logs.String())
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), endWithin)
+	defer cancel()
+	end := m.Remove
+	if os.Getenv(machine.KeepEnv) != "" {
+		end = m.Kill // its files go, or are kept, with the network
+	}
+	if err := end(ctx); err != nil {
+		l.t.Error(err)
+	}
 }
 
 func (l *lab) prepare(m *machine.Machine) {

@@ -10,8 +10,29 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/hearth-sh/hearth/test/machine"
 )
+
+// tests are the package's, and the end of the world.
+type tests struct{ *testing.M }
+
+func (t tests) Run() int {
+	code := t.M.Run()
+	theWorld.Lock()
+	defer theWorld.Unlock()
+	if theWorld.world == nil {
+		return code
+	}
+	if err := theWorld.close(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return max(code, 1)
+	}
+	return code
+}
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(tests{m}) }
 
 // soaked is what a test does in `make soak`, where there is time, and usual
 // elsewhere.
@@ -52,11 +73,11 @@ const maxGenerations = 100
 
 // outcomes are how the election's generations ended, from the first on; the
 // last may be "" for one that is not decided.
-func (l *lab) outcomes(t *testing.T, prefix string) []string {
+func (l *lab) outcomes(t *testing.T) []string {
 	t.Helper()
 	var all []string
 	for n := 1; n < maxGenerations; n++ {
-		base := fmt.Sprintf("%s/generation/%d/", prefix, n)
+		base := fmt.Sprintf("%s/generation/%d/", l.name, n)
 		if l.object(t, stateBucket, base+"holder") == nil {
 			break
 		}

@@ -152,7 +152,7 @@ func (l *lab) plan(t *testing.T, m *machine.Machine) bootstrap.Plan {
 // before and after: a plan, a run, a plan again, and a reset.
 func TestPlanTouchesNothingAndResetLeavesNothing(t *testing.T) {
 	t.Parallel()
-	l := newLab(t)
+	l := newLab(t, "reset")
 	ctx := boundedBy(t, soon)
 	m := l.bare("server", machine.Spec{})
 	if err := m.WaitBooted(ctx); err != nil {

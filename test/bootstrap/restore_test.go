@@ -16,7 +16,10 @@ import (
 // A new one, told to restore, founds the next generation under the same
 // authority, with what the snapshot has and nothing later.
 func TestALostClusterIsRestoredFromASnapshot(t *testing.T) {
-	l := newLab(t)
+	t.Parallel()
+	l := newLab(t, "restore")
+	// Here in parameters, under a key of one's own.
+	l.store = "ssm:///hearth/restore\n    kmsKey: alias/hearth"
 	old := l.add("old", l.userData("control-plane", ""), machine.Spec{})
 	l.boot(old)
 	l.succeeded(old)

@@ -110,6 +110,7 @@ type Cluster struct {
 
 	mu         sync.Mutex // guards registries
 	registries []*Registry
+	others     []*daemon // beside those of a cluster
 
 	closeOnce sync.Once
 	closeErr  error
@@ -304,10 +305,7 @@ func (c *Cluster) start(ctx context.Context) error {
 		if err := c.etcd.start(); err != nil {
 			return err
 		}
-		if err := c.StartAPIServer(groupCtx); err != nil {
-			return err
-		}
-		return errors.Join(c.manager.start(), c.sched.start())
+		return c.StartAPIServer(groupCtx)
 	})
 	for _, name := range c.names {
 		group.Go(func() error {
@@ -399,6 +397,9 @@ func (c *Cluster) keep(ctx context.Context) error {
 
 func (c *Cluster) daemons() []*daemon {
 	all := []*daemon{c.etcd, c.api, c.manager, c.sched}
+	c.mu.Lock()
+	all = append(all, c.others...)
+	c.mu.Unlock()
 	for _, m := range c.machines {
 		all = append(all, m.holder, m.containerd, m.kubelet, m.proxy)
 	}

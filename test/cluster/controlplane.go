@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -142,12 +143,13 @@ func (c *Cluster) featureGates(args ...string) []string {
 	return args
 }
 
-// StartAPIServer starts the API server and waits until it is ready.
+// StartAPIServer starts the API server, waits until it is ready, and starts
+// what stands beside it.
 func (c *Cluster) StartAPIServer(ctx context.Context) error {
 	if err := c.api.start(); err != nil {
 		return err
 	}
-	return c.WaitFor(ctx, "the API server to be ready", apiServerTimeout, func(ctx context.Context) (bool, error) {
+	if err := c.WaitFor(ctx, "the API server to be ready", apiServerTimeout, func(ctx context.Context) (bool, error) {
 		if err := c.etcd.exited(); err != nil {
 			return false, err
 		}
@@ -155,13 +157,21 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 			return false, err
 		}
 		return c.ready(ctx), nil
-	})
+	}); err != nil {
+		return err
+	}
+	return errors.Join(c.manager.start(), c.sched.start())
 }
 
 // StopAPIServer ends the API server at once, as when its machine fails; an
-// orderly end would wait a minute for watches. Kubelets, pods and etcd run on.
+// orderly end would wait a minute for watches. The controller manager and the
+// scheduler, which k3s runs in the same process, go with it: left alone they
+// would sleep for half a minute after it is back. Kubelets, pods and etcd run
+// on.
 func (c *Cluster) StopAPIServer(context.Context) error {
 	c.api.kill()
+	c.manager.kill()
+	c.sched.kill()
 	return nil
 }
 

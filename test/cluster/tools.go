@@ -157,6 +157,20 @@ func versionFlags(path string) (string, error) {
 	return strings.Join(flags, " "), nil
 }
 
+// requiredVersion is the version of a module that a go.mod requires.
+func requiredVersion(gomod []byte, module string) (string, error) {
+	file, err := modfile.ParseLax("go.mod", gomod, nil)
+	if err != nil {
+		return "", err
+	}
+	for _, require := range file.Require {
+		if require.Mod.Path == module {
+			return require.Mod.Version, nil
+		}
+	}
+	return "", fmt.Errorf("go.mod does not require %s", module)
+}
+
 // complete returns an error that names a program that dir lacks.
 func complete(dir string) error {
 	for _, names := range programs {

@@ -37,8 +37,9 @@ const (
 	class = "traefik"
 	// soon bounds waits for what takes seconds: the machine may be busy.
 	soon = 2 * time.Minute
-	// staleAfter is long enough for living agents, whose heartbeat is a minute.
-	staleAfter = 90 * time.Second
+	// heartbeatSeconds is short, so that an agent's end is soon noticed: the
+	// chart has the API wait for three and half a minute.
+	heartbeatSeconds = 5
 )
 
 // nodes have an engine each; zone tells them apart for placement.
@@ -142,7 +143,7 @@ func install(ctx context.Context, values ...string) error {
 	return chart.Install(ctx, bench, append([]string{
 		"api.registry=" + registry.Host + "/hearth", "api.registryPlainHTTP=true",
 		"agent.extraArgs[0]=--registry=" + registry.Host, "agent.extraArgs[1]=--registry-plain-http",
-		"api.extraArgs[0]=--stale-after=" + staleAfter.String(),
+		"agent.heartbeatSeconds=" + strconv.Itoa(heartbeatSeconds),
 		"api.quotas.changesPerSecond=1000", "api.quotas.functions=" + strconv.Itoa(quota),
 	}, values...)...)
 }

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -91,6 +93,30 @@ func ask(ctx context.Context, engine corev1.Pod, function, query string) (*http.
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
 	return response, string(body), err
+}
+
+// served counts the requests that guests of one node's engine answered.
+func served(t *testing.T, engine corev1.Pod) (n float64) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+engine.Status.PodIP+":9641/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Close = true
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	families, err := parser.TextToMetricFamilies(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range families["hearth_requests_total"].GetMetric() {
+		n += m.GetCounter().GetValue()
+	}
+	return n
 }
 
 // label sets a label of a node until the test ends.
@@ -340,6 +366,20 @@ func TestAPlacedFunctionAnswersThroughEveryNode(t *testing.T) {
 	waitObject(t, tenant, "placed", "both nodes of the pool to be warm", warmOn("2/2"))
 	outside, err := onNode(t.Context(), "engine", "node-c")
 	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := onNode(t.Context(), "engine", "node-b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// That a node is warm is known before every other engine was told of it.
+	before := served(t, second)
+	if err := bench.WaitFor(t.Context(), "the engine of node-c to know of node-b", soon, func(ctx context.Context) (bool, error) {
+		if _, _, err := ask(ctx, outside, "placed", ""); err != nil {
+			return false, err
+		}
+		return served(t, second) > before, nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 	victim, err := onNode(t.Context(), "engine", "node-a")

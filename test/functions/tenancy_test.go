@@ -285,7 +285,7 @@ func TestOnlyGoodTokensAreHeard(t *testing.T) {
 		nobody.with(token).must(t, http.MethodGet, list, nil).want(t, what, http.StatusOK, "")
 	}
 	expired := resigned(t, good, func(claims map[string]any) {
-		claims["iat"], claims["nbf"], claims["exp"] = time.Now().Add(-time.Hour).Unix(), time.Now().Add(-time.Hour).Unix(), time.Now().Add(-time.Minute).Unix()
+		claims["iat"], claims["nbf"], claims["exp"] = time.Now().Add(-time.Hour).Unix(), time.Now().Add(-time.Hour).Unix(), time.Now().Add(-10*time.Minute).Unix()
 	})
 	for what, token := range map[string]string{
 		"no token":                        "",

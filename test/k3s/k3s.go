@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 
@@ -39,8 +40,12 @@ const (
 	Kubeconfig = "/etc/rancher/k3s/k3s.yaml"
 	// ImagesDir is where images lie that k3s imports before the kubelet starts.
 	ImagesDir = "/var/lib/rancher/k3s/agent/images"
-	// PauseImage is the sandbox image that k3s uses by default.
-	PauseImage = "docker.io/rancher/mirrored-pause:3.6"
+	// PauseImage is the sandbox image that the stand-in uses by default, as k3s
+	// does up to some version; NewPauseImage is that of later ones.
+	PauseImage    = "docker.io/rancher/mirrored-pause:3.6"
+	NewPauseImage = "docker.io/rancher/mirrored-pause:3.10"
+	// programsDir is where a real k3s finds programs that it does not bring.
+	programsDir = "/usr/local/sbin"
 	// toolsDir is where the stand-in finds the programs that it wraps.
 	toolsDir = "/usr/local/lib/hearth-test-k3s"
 )
@@ -50,7 +55,8 @@ type Distribution struct {
 	// Binary is the file to install at InstallPath, and to serve to those that
 	// download it.
 	Binary string
-	// Version as "k3s --version" says it, like "v1.36.3+k3s1".
+	// Version as "k3s --version" says it, like "v1.36.3+k3s1". For one that was
+	// built from a working copy, the release that it is nearest to.
 	Version string
 	// Real says that it is not the stand-in.
 	Real bool
@@ -76,6 +82,8 @@ func Load(ctx context.Context, dir string, progress io.Writer) (*Distribution, e
 			return nil, err
 		}
 		d.Binds[toolsDir] = tools
+	} else {
+		d.Binds = externals(ctx, d.Binary, progress)
 	}
 	out, err := exec.CommandContext(ctx, d.Binary, "--version").Output()
 	if err != nil {
@@ -85,7 +93,7 @@ func Load(ctx context.Context, dir string, progress io.Writer) (*Distribution, e
 	if len(fields) < 3 || fields[0] != "k3s" {
 		return nil, fmt.Errorf("%s is no k3s: --version says %q", d.Binary, out)
 	}
-	d.Version = fields[2]
+	d.Version = release(fields[2])
 	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err != nil {
 		d.Config = "# Machines of this bench have version 1 of cgroups.\nkubelet-arg+:\n- fail-cgroupv1=false\n"
 	}
@@ -98,7 +106,48 @@ func Load(ctx context.Context, dir string, progress io.Writer) (*Distribution, e
 		return nil, err
 	}
 	d.Images = filepath.Join(dir, "images-"+runtime.GOARCH+".tar")
-	return d, WriteImages(d.Images, map[string]v1.Image{PauseImage: image})
+	return d, WriteImages(d.Images, map[string]v1.Image{PauseImage: image, NewPauseImage: image})
+}
+
+var (
+	releaseForm = regexp.MustCompile(`^v1\.\d+\.\d+(-(alpha|beta|rc)\.?\d+)?\+k3s\d+$`)
+	numberForm  = regexp.MustCompile(`^v1\.\d+\.\d+`)
+)
+
+// defaultRelease is what a binary that does not know its version counts as.
+const defaultRelease = "v1.36.3+k3s1"
+
+// release is a version as releases of k3s have it: "v1.36.2+k3s-1a2b3c4d-dirty",
+// "v1.36.2" and "dev" are what builds from a working copy say.
+func release(version string) string {
+	if releaseForm.MatchString(version) {
+		return version
+	}
+	if number := numberForm.FindString(version); number != "" {
+		return number + "+k3s1"
+	}
+	return defaultRelease
+}
+
+// externals are programs that a k3s made without its bundle takes from its PATH:
+// those beside the binary, or else this machine's. One with its bundle finds its
+// own first. What is nowhere is left out.
+func externals(ctx context.Context, binary string, progress io.Writer) map[string]string {
+	dirs := []string{filepath.Dir(binary)}
+	if tools, err := cluster.Tools(ctx, progress); err == nil {
+		dirs = append(dirs, tools)
+	}
+	dirs = append(dirs, "/usr/lib/cni", "/opt/cni/bin", "/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin")
+	binds := map[string]string{}
+	for _, program := range []string{"containerd", "containerd-shim-runc-v2", "runc", "host-local", "loopback", "bridge", "portmap", "bandwidth", "firewall", "flannel"} {
+		for _, dir := range dirs {
+			if info, err := os.Stat(filepath.Join(dir, program)); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+				binds[filepath.Join(programsDir, program)] = filepath.Join(dir, program)
+				break
+			}
+		}
+	}
+	return binds
 }
 
 // WriteImages writes a tar file with images under their references, for

@@ -27,8 +27,9 @@ import (
 	"github.com/hearth-sh/hearth/test/machine"
 )
 
-// soon bounds waits for what takes half a minute on an idle machine.
-const soon = 4 * time.Minute
+// soon bounds waits for what takes half a minute on an idle machine, and a real
+// k3s two on a slow disk.
+const soon = 6 * time.Minute
 
 // userData is a shell script as an owner of k3s nodes would write it: settings,
 // upstream's unit, and a start that does not wait.
@@ -161,7 +162,7 @@ func connect(t *testing.T, m *machine.Machine) kubernetes.Interface {
 
 func serverConfig(m *machine.Machine, more string) string {
 	return "node-name: " + m.InstanceID + "\ntoken: a-server-secret\nagent-token: an-agent-secret\nkubelet-arg:\n- provider-id=aws:///eu-central-1a/" + m.InstanceID +
-		"\nnode-label: [hearth.sh/pool=control-plane]\ndisable: [traefik, servicelb, coredns, local-storage, metrics-server]\n" + more
+		"\nnode-label: [hearth.sh/pool=control-plane]\ndisable: [traefik, servicelb, coredns, local-storage, metrics-server]\nflannel-backend: host-gw\n" + more
 }
 
 func TestAServerComesUpFromItsUserData(t *testing.T) {

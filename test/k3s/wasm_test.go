@@ -97,7 +97,7 @@ func TestAShimThatIsThereBeforeK3sRunsWasm(t *testing.T) {
 		if err == nil && pod.Status.Phase == corev1.PodSucceeded {
 			break
 		}
-		if err != nil || pod.Status.Phase == corev1.PodFailed || time.Now().After(deadline) {
+		if err == nil && pod.Status.Phase == corev1.PodFailed || time.Now().After(deadline) {
 			t.Fatalf("the pod does not succeed: %v %+v", err, pod.Status)
 		}
 	}

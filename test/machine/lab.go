@@ -238,7 +238,7 @@ func (n *Network) Machine(name string) *Machine {
 // it does not run.
 func (n *Network) DumpLogs(w io.Writer) {
 	for _, m := range n.all() {
-		m.dump(w)
+		m.DumpLogs(w)
 	}
 }
 

@@ -62,10 +62,11 @@ type Machine struct {
 	stopIMDS context.CancelFunc
 	imdsDone chan error
 
-	mu     sync.Mutex // guards what follows
-	holder *exec.Cmd  // keeps the mounts while the machine is off, too
-	nspawn *exec.Cmd
-	ended  chan struct{} // closed when nspawn was waited for
+	mu      sync.Mutex // guards what follows
+	holder  *exec.Cmd  // keeps the mounts while the machine is off, too
+	nspawn  *exec.Cmd
+	ended   chan struct{} // closed when nspawn was waited for
+	removed bool
 }
 
 // Add makes a machine, switched off, and starts its metadata service.
@@ -545,8 +546,16 @@ func (m *Machine) Kill(ctx context.Context) error {
 	return nil
 }
 
-// Remove ends the machine for good, as terminating an instance does.
+// Remove ends the machine for good, as terminating an instance does. A second
+// time it does nothing.
 func (m *Machine) Remove(ctx context.Context) error {
+	m.mu.Lock()
+	removed := m.removed
+	m.removed = true
+	m.mu.Unlock()
+	if removed {
+		return nil
+	}
 	if err := m.end(ctx); err != nil {
 		return err
 	}
@@ -590,7 +599,9 @@ func (m *Machine) release(ctx context.Context) error {
 	return err
 }
 
-func (m *Machine) dump(w io.Writer) {
+// DumpLogs writes the end of the machine's journal, or of its console when it
+// does not run.
+func (m *Machine) DumpLogs(w io.Writer) {
 	fmt.Fprintf(w, "--- console of %s\n%s\n", m.Name, tailFile(filepath.Join(m.dir, "console.log"), 20))
 	if m.init() == 0 {
 		return

@@ -54,6 +54,7 @@ func TestSecondAgentIsRefusedWhileTheFirstWorksOn(t *testing.T) {
 	before := waitProved(t)
 	watchLabels(t, wasmNode)
 	refused := secondAgent(t)
+	t.Run("a Wasm pod may have an ordinary container", wasmPodMayHaveAnOrdinaryContainer)
 	t.Run("SpinApps are brought as their executors say", spinAppsAreBroughtAsTheirExecutorsSay)
 	t.Run("an image behind a pull secret is left to kubelet", imageBehindAPullSecretIsLeftToKubelet)
 	refused()

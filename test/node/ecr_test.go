@@ -34,7 +34,6 @@ import (
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/ecr/mototest"
-	"github.com/hearth-sh/hearth/internal/imds/imdstest"
 	"github.com/hearth-sh/hearth/test/cluster"
 )
 
@@ -246,10 +245,18 @@ func allWarm(t *testing.T, n int) {
 	})
 }
 
-func TestImagesOfECRComeByTheNodesRoleAlone(t *testing.T) {
-	ctx := t.Context()
+// emulatedECR is moto's ECR and a registry under its name.
+type emulatedECR struct {
+	tokens   *tokenService
+	door     *frontDoor
+	registry *cluster.Registry
+	endpoint string // of ECR's API, as nodes reach it
+}
+
+func startECR(t *testing.T) *emulatedECR {
+	t.Helper()
 	moto := mototest.Start(t)
-	registry, err := bench.Registry(ctx, cluster.RegistryOptions{User: ecrUser, Password: ecrPassword})
+	registry, err := bench.Registry(t.Context(), cluster.RegistryOptions{User: ecrUser, Password: ecrPassword})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,16 +267,18 @@ func TestImagesOfECRComeByTheNodesRoleAlone(t *testing.T) {
 	pair, ca := certificate(t, ecrHost)
 	serve(t, tls.NewListener(listen(t, "443"), &tls.Config{Certificates: []tls.Certificate{pair}}), door.handler(t, "http://"+registry.Host))
 	pointTo(t, wasmNode, ecrHost, ca)
-	instance := imdstest.Default()
-	instance.Credentials.AccessKeyID = "ASIATHISNODESROLE000"
-	metadata(t, map[string]imdstest.Config{wasmNode: instance, plainNode: imdstest.Default()},
-		"agent.env[1].name=AWS_ENDPOINT_URL", "agent.env[1].value=http://"+api.Addr().String())
+	return &emulatedECR{tokens: tokens, door: door, registry: registry, endpoint: "http://" + api.Addr().String()}
+}
 
+// imagesComeByTheNodesRoleAlone wants an agent of wasmNode that has asked e for
+// nothing yet and whose instance has the role's access key.
+func (e *emulatedECR) imagesComeByTheNodesRoleAlone(t *testing.T, role string) {
+	tokens, door := e.tokens, e.door
 	bring := func(t *testing.T, app string, n int) {
 		t.Helper()
 		module := marked(t, "out of ECR "+rand.Text())
 		repository := earlyRepository(wasmNode, ecrHost, app)
-		pushAs(t, registry.Host, ecrUser, ecrPassword, repository, wasmImage(t, module))
+		pushAs(t, e.registry.Host, ecrUser, ecrPassword, repository, wasmImage(t, module))
 		deploy(t, app, ecrHost+"/"+repository+":1", 0)
 		allWarm(t, n)
 		if !compiled(wasmNode, module) {
@@ -281,7 +290,7 @@ func TestImagesOfECRComeByTheNodesRoleAlone(t *testing.T) {
 	if len(issued) != 1 || issued[0] != ecrPassword {
 		t.Errorf("tokens %q were issued, want moto's one", issued)
 	}
-	if role := instance.Credentials.AccessKeyID; len(keys) == 0 || keys[0] != role {
+	if len(keys) == 0 || keys[0] != role {
 		t.Errorf("the token was asked for with the access keys %q, the role's is %q", keys, role)
 	}
 	if n := door.refusals(); n != 0 {

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -92,7 +91,7 @@ func TestWhoeverTakesOverTheEngineHasNothingToGoOnWith(t *testing.T) {
 		if host == "" {
 			t.Fatalf("where the API server is stands nowhere: %q", environment)
 		}
-		client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
+		client := &http.Client{Timeout: soon, Transport: &http.Transport{
 			DisableKeepAlives: true,
 			TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // whoever answers must refuse
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {

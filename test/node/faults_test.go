@@ -340,7 +340,7 @@ func TestPullGoesOnAfterContainerdWasAway(t *testing.T) {
 	noise := make([]byte, largeBlob)
 	random := rand.NewChaCha8([32]byte{1})
 	_, _ = random.Read(noise)
-	reference, err := name.ParseReference(slow.host+"/slow:1", name.Insecure)
+	reference, err := name.ParseReference(slow.host+"/"+earlyRepository(wasmNode, slow.host, "slow")+":1", name.Insecure)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -475,7 +475,7 @@ func TestKilledAgentLeavesNothingHalfDone(t *testing.T) {
 	for round := range rounds {
 		app := fmt.Sprintf("killed-%d", round)
 		modules[round] = withNote(large, fmt.Sprintf("compiled under fire, round %d", round))
-		reference, _ := push(t, registry, app, wasmImage(t, modules[round]))
+		reference, _ := push(t, registry, earlyRepository(wasmNode, registry.Host, app), wasmImage(t, modules[round]))
 		deploy(t, app, reference, 0)
 		kill() // kubelet starts it again at once
 		kill() // and now waits ten seconds and more, unless there is another pod

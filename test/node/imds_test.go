@@ -129,7 +129,9 @@ func free(n *corev1.Node) bool {
 	return !n.Spec.Unschedulable && !tainted(n, v1alpha1.TaintInterruption)
 }
 
-func TestNodesFollowWhatInstanceMetadataAnnounces(t *testing.T) {
+// TestNodesThatAreInstances has all that needs agents which ask instance
+// metadata: to have the chart installed otherwise, and as it was, takes time.
+func TestNodesThatAreInstances(t *testing.T) {
 	ctx := t.Context()
 	begin := time.Now().Add(-time.Second)
 	if err := mark(ctx, plainNode, labelControlPlane, "true"); err != nil {
@@ -138,8 +140,15 @@ func TestNodesFollowWhatInstanceMetadataAnnounces(t *testing.T) {
 	t.Cleanup(func() { _ = mark(context.Background(), plainNode, labelControlPlane, "") })
 	worker, server := imdstest.Default(), imdstest.Default()
 	server.InstanceID = "i-0fedcba9876543210"
-	services := metadata(t, map[string]imdstest.Config{wasmNode: worker, plainNode: server})
+	worker.Credentials.AccessKeyID = "ASIATHISNODESROLE000"
+	ecr := startECR(t)
+	services := metadata(t, map[string]imdstest.Config{wasmNode: worker, plainNode: server},
+		"agent.env[1].name=AWS_ENDPOINT_URL", "agent.env[1].value="+ecr.endpoint)
 	service := services[wasmNode]
+
+	t.Run("images of ECR come by the node's role alone", func(t *testing.T) {
+		ecr.imagesComeByTheNodesRoleAlone(t, worker.Credentials.AccessKeyID)
+	})
 
 	t.Run("each node knows which instance it is", func(t *testing.T) {
 		for name, want := range map[string]string{wasmNode: worker.InstanceID, plainNode: server.InstanceID} {

@@ -99,8 +99,8 @@ func deploy(t *testing.T, app, image string, replicas int32) {
 			Template: corev1.PodTemplateSpec{
 				ObjectMeta: metav1.ObjectMeta{Labels: labels},
 				Spec: corev1.PodSpec{
-					RuntimeClassName: &class,
-					Containers:       []corev1.Container{{Name: "main", Image: image, ImagePullPolicy: corev1.PullIfNotPresent}},
+					RuntimeClassName: &class, TerminationGracePeriodSeconds: new(int64(1)),
+					Containers: []corev1.Container{{Name: "main", Image: image, ImagePullPolicy: corev1.PullIfNotPresent}},
 				},
 			},
 		},
@@ -119,7 +119,7 @@ func compiled(node string, module []byte) bool {
 	return err == nil
 }
 
-func TestWasmImageIsWarmOnTheNodeBeforeItsFirstPod(t *testing.T) {
+func wasmImageIsWarmOnTheNodeBeforeItsFirstPod(t *testing.T) {
 	ctx := t.Context()
 	// Not what an earlier run of this test left on the node.
 	text := "warm before its pod " + rand.Text()
@@ -128,7 +128,7 @@ func TestWasmImageIsWarmOnTheNodeBeforeItsFirstPod(t *testing.T) {
 		t.Fatal(err)
 	}
 	module := marked(t, text)
-	reference, manifest := push(t, registry, "warm", wasmImage(t, module))
+	reference, manifest := push(t, registry, earlyRepository(wasmNode, registry.Host, "warm"), wasmImage(t, module))
 	deploy(t, "warm", reference, 0)
 
 	waitStatus(t, wasmNode, "the image to be warm", func(s v1alpha1.NodeStatus) bool {
@@ -203,4 +203,55 @@ func TestWasmImageIsWarmOnTheNodeBeforeItsFirstPod(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitStatus(t, wasmNode, "the image to be wanted no more", func(s v1alpha1.NodeStatus) bool { return s.Images != nil && s.Images.Total == 0 })
+}
+
+// wasmPodMayHaveAnOrdinaryContainer is about a sidecar: its image is wanted with
+// the pod's other one and is no fault for having no Wasm in it.
+func wasmPodMayHaveAnOrdinaryContainer(t *testing.T) {
+	ctx := t.Context()
+	registry, err := bench.Registry(ctx, cluster.RegistryOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := "in a mixed pod " + rand.Text()
+	module := marked(t, text)
+	reference, _ := push(t, registry, earlyRepository(wasmNode, registry.Host, "mixed"), wasmImage(t, module))
+	class, labels, one := "hearth-wasmtime", map[string]string{"app": "mixed"}, int32(1)
+	if _, err := bench.Client().AppsV1().Deployments("default").Create(ctx, &appsv1.Deployment{
+		ObjectMeta: metav1.ObjectMeta{Name: "mixed", Namespace: "default"},
+		Spec: appsv1.DeploymentSpec{Replicas: &one, Selector: &metav1.LabelSelector{MatchLabels: labels}, Template: corev1.PodTemplateSpec{
+			ObjectMeta: metav1.ObjectMeta{Labels: labels},
+			Spec: corev1.PodSpec{RuntimeClassName: &class, TerminationGracePeriodSeconds: new(int64(1)), Containers: []corev1.Container{
+				{Name: "main", Image: reference, ImagePullPolicy: corev1.PullIfNotPresent},
+				{Name: "side", Image: toolbox, ImagePullPolicy: corev1.PullIfNotPresent, Args: []string{"sleep", "1h"}},
+			}},
+		}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = bench.Client().AppsV1().Deployments("default").Delete(context.Background(), "mixed", metav1.DeleteOptions{})
+	})
+	var pod corev1.Pod
+	if err := bench.WaitFor(ctx, "the module's line, and the other container beside it", soon, func(ctx context.Context) (bool, error) {
+		pods, err := bench.Client().CoreV1().Pods("default").List(ctx, metav1.ListOptions{LabelSelector: "app=mixed"})
+		if err != nil || len(pods.Items) != 1 {
+			return false, err
+		}
+		pod = pods.Items[0]
+		running := false
+		for _, c := range pod.Status.ContainerStatuses {
+			running = running || c.Name == "side" && c.State.Running != nil
+		}
+		said, err := bench.PodLogs(ctx, "default", pod.Name, "main")
+		return err == nil && running && strings.Contains(said, text), nil
+	}); err != nil {
+		t.Fatalf("%v\npod %s: %+v", err, pod.Name, pod.Status)
+	}
+	s := waitStatus(t, wasmNode, "both images to be warm", func(s v1alpha1.NodeStatus) bool {
+		return s.Images != nil && s.Images.Total == 2 && s.Images.Warm == 2
+	})
+	if check(s, "images").State != v1alpha1.CheckOK || !compiled(wasmNode, module) {
+		t.Errorf("%+v; compiled: %t", check(s, "images"), compiled(wasmNode, module))
+	}
 }

@@ -59,7 +59,7 @@ func imageBehindAPullSecretIsLeftToKubelet(t *testing.T) {
 		ObjectMeta: metav1.ObjectMeta{Name: "app"},
 		Spec: appsv1.DeploymentSpec{Replicas: &none, Selector: &metav1.LabelSelector{MatchLabels: labels}, Template: corev1.PodTemplateSpec{
 			ObjectMeta: metav1.ObjectMeta{Labels: labels},
-			Spec: corev1.PodSpec{RuntimeClassName: &class, ServiceAccountName: "app",
+			Spec: corev1.PodSpec{RuntimeClassName: &class, ServiceAccountName: "app", TerminationGracePeriodSeconds: new(int64(1)),
 				Containers: []corev1.Container{{Name: "main", Image: registry.Host + "/" + repository + ":1", ImagePullPolicy: corev1.PullIfNotPresent}}},
 		}},
 	}, metav1.CreateOptions{}); err != nil {

@@ -14,6 +14,11 @@ const maxAsked = 1024
 
 var errBusy = errors.New("too many requests with tokens or rights that are not known yet")
 
+// renewAfter is the part of an answer's time after which whoever needs it has it
+// asked for anew, without waiting: what is in use all the time never makes a
+// request wait, and is believed no longer for it.
+const renewAfter = 0.75
+
 // answers keeps answers to questions for as long as each says, at most max of
 // them, and asks each question once however many want to know, at most places
 // at a time.
@@ -31,7 +36,8 @@ type answers[T any] struct {
 
 type kept[T any] struct {
 	answer T
-	until  time.Time
+	// renew is from when the question may be asked again, until when it must.
+	renew, until time.Time
 }
 
 // question is being asked; done is closed when answer and err are there.
@@ -53,9 +59,15 @@ func newAnswers[T any](max, places int, timeout time.Duration, now func() time.T
 // with ctx, since others may wait for it too, but after the timeout.
 func (a *answers[T]) get(ctx context.Context, key [sha256.Size]byte, ask func(context.Context) (T, time.Duration, error)) (T, error) {
 	a.mu.Lock()
-	if k, ok := a.known[key]; ok && a.now().Before(k.until) {
-		a.mu.Unlock()
-		return k.answer, nil
+	if k, ok := a.known[key]; ok {
+		now := a.now()
+		if now.Before(k.until) {
+			if !now.Before(k.renew) && a.asked[key] == nil && len(a.asked) < maxAsked {
+				a.begin(ctx, key, ask)
+			}
+			a.mu.Unlock()
+			return k.answer, nil
+		}
 	}
 	q := a.asked[key]
 	if q == nil {
@@ -64,10 +76,7 @@ func (a *answers[T]) get(ctx context.Context, key [sha256.Size]byte, ask func(co
 			var none T
 			return none, errBusy
 		}
-		q = &question[T]{done: make(chan struct{})}
-		a.asked[key] = q
-		// It ends by the timeout at the latest.
-		go a.answer(context.WithoutCancel(ctx), key, q, ask)
+		q = a.begin(ctx, key, ask)
 	}
 	a.mu.Unlock()
 	select {
@@ -77,6 +86,15 @@ func (a *answers[T]) get(ctx context.Context, key [sha256.Size]byte, ask func(co
 		var none T
 		return none, ctx.Err()
 	}
+}
+
+// begin asks the question; it needs a.mu.
+func (a *answers[T]) begin(ctx context.Context, key [sha256.Size]byte, ask func(context.Context) (T, time.Duration, error)) *question[T] {
+	q := &question[T]{done: make(chan struct{})}
+	a.asked[key] = q
+	// It ends by the timeout at the latest.
+	go a.answer(context.WithoutCancel(ctx), key, q, ask)
+	return q
 }
 
 func (a *answers[T]) answer(ctx context.Context, key [sha256.Size]byte, q *question[T], ask func(context.Context) (T, time.Duration, error)) {
@@ -96,7 +114,9 @@ func (a *answers[T]) answer(ctx context.Context, key [sha256.Size]byte, q *quest
 	// From when it was asked: the answer may be as old as that.
 	if until := began.Add(ttl); q.err == nil && ttl > 0 && a.now().Before(until) {
 		a.makeRoom()
-		a.known[key] = kept[T]{q.answer, until}
+		a.known[key] = kept[T]{q.answer, began.Add(time.Duration(renewAfter * float64(ttl))), until}
+	} else if q.err == nil {
+		delete(a.known, key) // an older answer is not true any more
 	}
 	a.mu.Unlock()
 	close(q.done)

@@ -58,6 +58,45 @@ func TestAnswersAreKeptAsLongAsTheySay(t *testing.T) {
 	})
 }
 
+func TestAnswerInUseIsRenewedBeforeItsTimeWithoutWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAnswers[int](10, 2, time.Minute, time.Now)
+		asked := 0
+		var trouble error
+		ask := func(context.Context) (int, time.Duration, error) {
+			asked++
+			n, err := asked, trouble
+			time.Sleep(time.Second)
+			return n, 10 * time.Second, err
+		}
+		want := func(answer, questions int, wait time.Duration) {
+			t.Helper()
+			began := time.Now()
+			got, err := a.get(t.Context(), key("a"), ask)
+			took := time.Since(began)
+			synctest.Wait()
+			if got != answer || err != nil || asked != questions || took != wait {
+				t.Errorf("%d, %v after %s and %d questions, want %d after %s and %d", got, err, took, asked, answer, wait, questions)
+			}
+		}
+		want(1, 1, time.Second) // at 1 s, asked at 0 s
+		time.Sleep(6 * time.Second)
+		want(1, 1, 0) // 7 s
+		time.Sleep(time.Second)
+		want(1, 2, 0) // 8 s: asked for anew
+		want(1, 2, 0) // once
+		time.Sleep(time.Second)
+		synctest.Wait()
+		want(2, 2, 0) // 9 s
+		trouble = errors.New("away")
+		time.Sleep(8500 * time.Millisecond)
+		want(2, 3, 0) // 17.5 s: trouble changes nothing
+		trouble = nil
+		time.Sleep(1500 * time.Millisecond)
+		want(4, 4, time.Second) // 19 s: over, as without renewal
+	})
+}
+
 func TestOneQuestionAnswersAllWhoAskIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAnswers[int](10, 2, 5*time.Second, time.Now)
@@ -242,6 +281,39 @@ func TestRightsAreAskedForAllThatIsKnownOfTheCaller(t *testing.T) {
 	}
 }
 
+func TestRightToAllFunctionsIsAskedForOnceAndOneFunctionsOnlyWithoutIt(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		grants func(namespace, name string) bool
+		may    bool
+		asked  int
+	}{
+		{"all of the namespace", func(namespace, name string) bool { return namespace == "team" }, true, 1},
+		{"these by name", func(namespace, name string) bool { return namespace == "team" && name != "" }, true, 1 + 100},
+		{"none", func(string, string) bool { return false }, false, 1 + 100},
+	} {
+		asked := 0
+		a, _ := reviews(t, nil, func(r *authorizationv1.SubjectAccessReview) {
+			asked++
+			at := r.Spec.ResourceAttributes
+			r.Status.Allowed = c.grants(at.Namespace, at.Name)
+		})
+		// Nothing here lasts as long as an answer, however busy the machine is.
+		now := time.Now()
+		a.rights.now = func() time.Time { return now }
+		for i := range 100 {
+			act := access.Action{Verb: access.VerbGet, Tenant: "team", Function: fmt.Sprintf("f%d", i)}
+			var de *access.DeniedError
+			if err := a.Authorize(t.Context(), access.Caller{User: "u"}, act); (err == nil) != c.may || err != nil && (!errors.As(err, &de) || de.Action != act) {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+		if asked != c.asked {
+			t.Errorf("%s: %d reviews, want %d", c.name, asked, c.asked)
+		}
+	}
+}
+
 func TestTokenIsReviewedOnceInAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		good := func(r *authenticationv1.TokenReview) {
@@ -253,10 +325,10 @@ func TestTokenIsReviewedOnceInAWhile(t *testing.T) {
 			review      func(*authenticationv1.TokenReview)
 			in30s       int
 		}{
-			{"good", "opaque", good, 3},
+			{"good", "opaque", good, 4}, // anew after 7.5 s, while it is in use
 			{"refused", "opaque", func(*authenticationv1.TokenReview) {}, 15},
 			// Begins after a minute of the others. Once over, what the cluster says counts: clocks differ.
-			{"about to expire", "e30." + base64.RawURLEncoding.EncodeToString(soon) + ".x", good, 27},
+			{"about to expire", "e30." + base64.RawURLEncoding.EncodeToString(soon) + ".x", good, 28},
 		} {
 			a, asked := reviews(t, c.review, nil)
 			for range 30 {

@@ -184,12 +184,38 @@ func (a *Access) review(ctx context.Context, token string) (identity, time.Durat
 	return identity{caller: caller}, ttl, nil
 }
 
-// Authorize asks whether the caller may act.
+// Authorize asks whether the caller may act. What concerns one function is
+// asked of all functions of the namespace first, as most roles grant it (an
+// empty name means all, says the API of reviews): one answer then serves
+// whoever reads a thousand functions, in place of one for each.
 func (a *Access) Authorize(ctx context.Context, c access.Caller, act access.Action) error {
 	if c.User == "" {
 		return &access.DeniedError{Action: act, Why: "nobody is asking"}
 	}
-	answer, err := a.rights.get(ctx, rightsKey(c, act), func(ctx context.Context) (verdict, time.Duration, error) {
+	if act.Function != "" {
+		all := act
+		all.Function = ""
+		answer, err := a.verdict(ctx, c, all)
+		if err != nil {
+			return a.unavailable(ctx, "find out what the caller may do", err)
+		}
+		if answer.allowed {
+			return nil
+		}
+	}
+	answer, err := a.verdict(ctx, c, act)
+	switch {
+	case err != nil:
+		return a.unavailable(ctx, "find out what the caller may do", err)
+	case !answer.allowed:
+		return &access.DeniedError{User: c.User, Action: act, Why: answer.why}
+	}
+	return nil
+}
+
+// verdict asks about exactly this action.
+func (a *Access) verdict(ctx context.Context, c access.Caller, act access.Action) (verdict, error) {
+	return a.rights.get(ctx, rightsKey(c, act), func(ctx context.Context) (verdict, time.Duration, error) {
 		extra := map[string]authorizationv1.ExtraValue{}
 		for name, values := range c.Extra {
 			extra[name] = values
@@ -214,13 +240,6 @@ func (a *Access) Authorize(ctx context.Context, c access.Caller, act access.Acti
 		// An authorizer that could not evaluate a rule has not allowed it.
 		return verdict{s.Allowed && !s.Denied, strings.TrimSpace(s.Reason + " " + s.EvaluationError)}, RightsTTL, nil
 	})
-	switch {
-	case err != nil:
-		return a.unavailable(ctx, "find out what the caller may do", err)
-	case !answer.allowed:
-		return &access.DeniedError{User: c.User, Action: act, Why: answer.why}
-	}
-	return nil
 }
 
 // Node returns the name of the node whose agent makes the request. The token

@@ -4,6 +4,7 @@ package mototest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -23,63 +24,88 @@ const (
 	startTimeout = 2 * time.Minute
 )
 
+// ErrMissing: there is no moto here, and no way to install it.
+var ErrMissing = errors.New("no moto here, which Python 3 and its package index would give")
+
 // Start runs moto for as long as the test and returns its URL. It installs it
 // below the user's cache directory first if need be. Where that is impossible
 // the test is skipped, but with CI set it fails.
 func Start(t testing.TB) string {
 	t.Helper()
-	python, err := install(t.Context())
-	if err != nil {
-		missing(t, "no moto here, which Python 3 and its package index would give: %v", err)
-	}
-	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := ln.Addr().(*net.TCPAddr)
-	_ = ln.Close() // moto takes a number, not a socket
 	log, err := os.Create(filepath.Join(t.TempDir(), "moto.log"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, python, "-m", "moto.server", "-H", "127.0.0.1", "-p", fmt.Sprint(address.Port))
-	cmd.Stdout, cmd.Stderr, cmd.Env = log, log, append(os.Environ(), "PYTHONDONTWRITEBYTECODE=1")
-	if err := cmd.Start(); err != nil {
-		cancel()
+	t.Cleanup(func() { _ = log.Close() })
+	url, stop, err := Run(t.Context(), log)
+	if errors.Is(err, ErrMissing) {
+		if os.Getenv("CI") == "" {
+			t.Skip(err)
+		}
 		t.Fatal(err)
 	}
-	exited := make(chan struct{})
-	go func() { _ = cmd.Wait(); close(exited) }()
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
-		cancel()
-		<-exited
-		_ = log.Close()
+		stop()
 		if t.Failed() {
 			if b, err := os.ReadFile(log.Name()); err == nil {
 				t.Logf("moto: %s", b[max(0, len(b)-2000):])
 			}
 		}
 	})
-	url := "http://" + address.String()
+	return url
+}
+
+// Run is Start for tests that share one moto: it runs until the caller calls
+// stop. ctx bounds installing and starting it only. What it says goes to log.
+func Run(ctx context.Context, log *os.File) (url string, stop func(), err error) {
+	python, err := install(ctx)
+	if err != nil {
+		return "", nil, fmt.Errorf("%w: %w", ErrMissing, err)
+	}
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp4", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
+	address := ln.Addr().(*net.TCPAddr)
+	_ = ln.Close() // moto takes a number, not a socket
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), python, "-m", "moto.server", "-H", "127.0.0.1", "-p", fmt.Sprint(address.Port))
+	cmd.Stdout, cmd.Stderr, cmd.Env = log, log, append(os.Environ(), "PYTHONDONTWRITEBYTECODE=1")
+	if err := cmd.Start(); err != nil {
+		return "", nil, err
+	}
+	exited := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(exited) }()
+	stop = func() { _ = cmd.Process.Kill(); <-exited }
+	url = "http://" + address.String()
+	if err := answers(ctx, url, exited); err != nil {
+		stop()
+		return "", nil, err
+	}
+	return url, stop, nil
+}
+
+// answers waits until moto answers.
+func answers(ctx context.Context, url string, exited <-chan struct{}) error {
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	for began := time.Now(); time.Since(began) < startTimeout; time.Sleep(50 * time.Millisecond) {
 		select {
 		case <-exited:
-			t.Fatal("moto ended at its start")
+			return errors.New("moto ended at its start")
 		default:
 		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/moto-api/", nil)
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		if resp, err := client.Do(req); err == nil {
 			_ = resp.Body.Close()
-			return url
+			return nil
 		}
 	}
-	t.Fatal("moto did not start in time")
-	return ""
+	return fmt.Errorf("moto did not start within %s", startTimeout)
 }
 
 // install returns the Python that has moto.
@@ -118,12 +144,4 @@ func install(ctx context.Context) (string, error) {
 		}
 	}
 	return python, nil
-}
-
-func missing(t testing.TB, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -680,6 +681,55 @@ func TestEnginesAnswerUntilPodsDo(t *testing.T) {
 	if f, _, err := s.Function("default", "mover"); err != nil || len(f.Status.Nodes) != 1 {
 		t.Errorf("%+v %v", f.Status.Nodes, err)
 	}
+}
+
+func TestCustomHostMovesWithWhatAnswers(t *testing.T) {
+	fresh(t)
+	s := open(t, nil)
+	ctx := t.Context()
+	at := func(host string, routes ...string) func(*function.NewRevision) {
+		return func(nr *function.NewRevision) { nr.Settings.Host, nr.Settings.Routes = host, routes }
+	}
+	spin := func(nr *function.NewRevision) {
+		at("site.example.com", "/new")(nr)
+		nr.Settings.Runtime = v1alpha1.RuntimeSpin
+	}
+	node := func(name string, revision int, p v1alpha1.RevisionProgress, serving int) {
+		t.Helper()
+		if err := s.Observe(ctx, "default", "site", v1alpha1.FunctionNode{Name: name, Revision: revision, Progress: p, Serving: serving}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(when string, want ...clusterstore.AtEngines) {
+		t.Helper()
+		got, err := s.AtEngines()
+		if err != nil || !cmp.Equal(got, want, cmpopts.EquateEmpty()) {
+			t.Errorf("%s: engines answer for %+v, want %+v (%v)", when, got, want, err)
+		}
+	}
+	old := clusterstore.AtEngines{Namespace: "default", Name: "site", Host: "site.example.com", Routes: []string{"/old"}}
+	add(t, s, "site", 1, at("site.example.com", "/old"))
+	want("resident", old)
+	node("node-a", 1, v1alpha1.ProgressReady, 1)
+	add(t, s, "site", 2, spin)
+	want("pods are wanted", old)
+	node(clusterstore.NodeSpin, 2, v1alpha1.ProgressLoading, 0)
+	want("pods start", old)
+	node(clusterstore.NodeSpin, 2, v1alpha1.ProgressReady, 2)
+	want("pods answer")
+
+	node("node-a", 2, v1alpha1.ProgressQueued, 0)
+	add(t, s, "site", 3, at("site.example.com", "/back"))
+	want("pods answer, and no engine yet", clusterstore.AtEngines{Namespace: "default", Name: "site"})
+	node("node-a", 3, v1alpha1.ProgressLoading, 0)
+	want("an engine loads it", clusterstore.AtEngines{Namespace: "default", Name: "site"})
+	back := clusterstore.AtEngines{Namespace: "default", Name: "site", Host: "site.example.com", Routes: []string{"/back"}}
+	node("node-a", 3, v1alpha1.ProgressReady, 3)
+	want("an engine has it beside the pods", back)
+	if err := s.Unobserve(ctx, "default", "site", clusterstore.NodeSpin); err != nil {
+		t.Fatal(err)
+	}
+	want("the pods are gone", back)
 }
 
 func TestCollectLeavesNothingAndTakesNothingInUse(t *testing.T) {

@@ -157,6 +157,9 @@ type entry struct {
 	// engines says that nodes' engines are to answer: for a spin function until
 	// its pods do, with the revision that they had before.
 	engines bool
+	// host is the custom host that engines are to answer at, with routes below it.
+	host   string
+	routes []string
 	// serving are the nodes that answer requests now, sorted.
 	serving []string
 }
@@ -238,6 +241,7 @@ func (m *memory) build(k key) (*entry, error) {
 	if settings.Host != "" {
 		// Without the claim the name is somebody else's.
 		if h, ok := m.hosts.rows[key{Name: settings.Host}]; ok && h.value.Namespace == k.Namespace {
+			e.host, e.routes = settings.Host, settings.Routes
 			routes := settings.Routes
 			if len(routes) == 0 {
 				routes = []string{"/"}

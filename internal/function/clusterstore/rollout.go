@@ -63,6 +63,58 @@ func (s *Store) Rollout(namespace, name string) (Rollout, error) {
 	return r, nil
 }
 
+// AtEngines is a function that requests are to be led to the engines for.
+type AtEngines struct {
+	Namespace, Name string
+	// Host is the custom host at which the engines answer for it, empty for
+	// none, and Routes the paths below it (none: "/").
+	Host   string
+	Routes []string
+	// Leaving says that the function becomes a spin function.
+	Leaving bool
+}
+
+// AtEngines returns the functions that requests are to be led to the engines
+// for, by name: resident ones, and those that move to pods until these answer.
+// A custom host moves with what answers: it stays the pods' until an engine has
+// the resident revision, and the engines' until pods have the spin one.
+func (s *Store) AtEngines() ([]AtEngines, error) {
+	m := s.mem
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, function.ErrClosed
+	}
+	var out []AtEngines
+	for _, name := range m.names {
+		e := m.entries[name]
+		if !e.engines {
+			continue
+		}
+		f := AtEngines{Namespace: e.key.Namespace, Name: name, Host: e.host, Routes: e.routes, Leaving: e.spin}
+		if !e.spin && e.withPods() {
+			f.Host, f.Routes = "", nil
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}
+
+// withPods says whether pods of an earlier revision answer, and no engine has
+// the wanted one.
+func (e *entry) withPods() bool {
+	pods := nodeOf(e.object.Status.Nodes, NodeSpin)
+	if pods == nil || pods.Serving == 0 {
+		return false
+	}
+	for _, n := range e.object.Status.Nodes {
+		if n.Name != NodeSpin && n.Name != NodeIngress && n.Serving == e.rec.wanted {
+			return false
+		}
+	}
+	return true
+}
+
 // Unobserve takes back what was said under a node's name (see Observe).
 // Nothing is written where nothing was said; a function that is gone is no
 // error.

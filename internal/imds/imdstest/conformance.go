@@ -25,7 +25,7 @@ type Connect func(t testing.TB, s *Server) (url string)
 // for those that must not.
 const (
 	shortAttempt = 150 * time.Millisecond
-	longAttempt  = 10 * time.Second
+	longAttempt  = 40 * time.Second
 )
 
 // Conformance checks what callers rely on of imds.Client, over any way to reach

@@ -22,6 +22,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/ssm"
+	"github.com/aws/aws-sdk-go-v2/service/ssm/types"
 	"go.uber.org/goleak"
 
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
@@ -79,6 +80,53 @@ func TestS3AndSystemsManagerKeepTheContract(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestSecretsAreEncryptedUnderTheKeyThatIsSaid: under the cluster's own key in
+// place of the account's, and nothing else is.
+func TestSecretsAreEncryptedUnderTheKeyThatIsSaid(t *testing.T) {
+	cfg, _ := moto(t)
+	const kms, bucket = "alias/hearth", "hearth"
+	objects, parameters := s3.NewFromConfig(cfg, pathStyle), ssm.NewFromConfig(cfg)
+	if _, err := objects.CreateBucket(t.Context(), &s3.CreateBucketInput{Bucket: aws.String(bucket)}); err != nil {
+		t.Fatal(err)
+	}
+	for location, keyOf := range map[string]func(key string) string{
+		"s3://" + bucket + "/c": func(key string) string {
+			out, err := objects.HeadObject(t.Context(), &s3.HeadObjectInput{Bucket: aws.String(bucket), Key: aws.String("c/" + key)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return aws.ToString(out.SSEKMSKeyId)
+		},
+		"ssm:///c": func(key string) string {
+			out, err := parameters.DescribeParameters(t.Context(), &ssm.DescribeParametersInput{ParameterFilters: []types.ParameterStringFilter{
+				{Key: aws.String("Name"), Option: aws.String("Equals"), Values: []string{"/c/" + key}},
+			}})
+			if err != nil || len(out.Parameters) != 1 {
+				t.Fatalf("%v: %+v", err, out)
+			}
+			return aws.ToString(out.Parameters[0].KeyId)
+		},
+	} {
+		t.Run(strings.SplitN(location, ":", 2)[0], func(t *testing.T) {
+			store, err := election.Open(location, election.OpenOptions{AWS: cfg, PathStyle: true, KMSKeyID: kms})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for key, want := range map[string]string{"generation/1/holder": "", "members/1/i-0": "", "server/1/credentials": kms, "agent/1/credentials": kms} {
+				if err := store.Create(t.Context(), key, []byte("a secret")); err != nil {
+					t.Fatal(err)
+				}
+				if got := keyOf(key); got != want {
+					t.Errorf("%s is encrypted under %q, not %q", key, got, want)
+				}
+				if got, err := store.Get(t.Context(), key); err != nil || string(got) != "a secret" {
+					t.Errorf("%s is %q: %v", key, got, err)
+				}
+			}
+		})
+	}
 }
 
 // TestElectionsThroughS3AndSystemsManager has servers and agents elect at once,

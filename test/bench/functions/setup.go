@@ -101,7 +101,7 @@ func (b *bench) setUp(ctx context.Context) (err error) {
 		"api.registry="+b.registry.Host+"/hearth", "api.registryPlainHTTP=true",
 		"agent.extraArgs[0]=--registry="+b.registry.Host, "agent.extraArgs[1]=--registry-plain-http",
 		// What is measured are not the quotas.
-		"api.quotas.changesPerSecond=10000", "api.quotas.functions=10000",
+		"api.quotas.changesPerSecond=10000", "api.quotas.functions=10000", "api.quotas.requestsPerSecond=1000000",
 	); err != nil {
 		return err
 	}

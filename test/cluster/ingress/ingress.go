@@ -1,7 +1,7 @@
 // Package ingress is a small ingress controller for tests: what the API
 // documents of networking.k8s.io/v1 Ingress, and nothing a particular
-// controller adds. It stands where Traefik does in k3s, whose modules cannot
-// all be had.
+// controller adds. It stands where Traefik does in k3s, and acts on changes at
+// once, which Traefik does not; cluster.Traefik runs that one.
 //
 // It serves the Ingresses of one class: exact hosts before wildcards (which
 // stand for one label), exact paths before prefixes, longer prefixes (by path

@@ -5,7 +5,8 @@
 //
 // up prints a KUBECONFIG and how to get onto the nodes, runs until it is
 // interrupted, and then removes everything. build only builds the programs of
-// Kubernetes and containerd, so that no test spends its time on that.
+// Kubernetes and containerd, and Traefik, so that no test spends its time on
+// that.
 package main
 
 import (
@@ -33,10 +34,16 @@ func main() {
 func run(ctx context.Context, args []string, out, progress io.Writer) error {
 	if len(args) == 1 && args[0] == "build" {
 		dir, err := cluster.Tools(ctx, progress)
-		if err == nil {
-			fmt.Fprintln(out, dir)
+		if err != nil {
+			return err
 		}
-		return err
+		fmt.Fprintln(out, dir)
+		traefik, err := cluster.TraefikBinary(ctx, progress)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(out, traefik)
+		return nil
 	}
 	if len(args) == 0 || args[0] != "up" {
 		return errors.New("say what to do: cluster up [-nodes N], or cluster build")

@@ -50,7 +50,9 @@ func (e *etcd) initialized() bool { return exists(filepath.Join(e.dir(), "member
 func (e *etcd) setName(force bool) error {
 	path := filepath.Join(e.dir(), "name")
 	if content, err := os.ReadFile(path); err == nil && !force {
-		e.name = string(content)
+		if e.name = string(content); e.name == "" {
+			return fmt.Errorf("the name of etcd's member in %s is empty", path)
+		}
 		return nil
 	}
 	if err := os.MkdirAll(e.dir(), 0o700); err != nil {

@@ -13,9 +13,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -82,30 +85,45 @@ func run(ctx context.Context, args []string) error {
 	return fmt.Errorf("no such command: %s", args[0])
 }
 
-// extract makes data/<hash> and data/current with links to the programs, where
-// k3s extracts those that it carries, and puts them first on PATH.
+// payload stands for the programs that k3s carries.
+var payload = bytes.Repeat([]byte("the programs of "+k3sVersion+"\n"), 300_000)
+
+// extract unpacks what k3s carries into data/<hash>, with links to the programs
+// that stand for it, and puts them first on PATH. As k3s does, it writes the
+// lists that somebody may compare them with, syncs nothing, and takes a directory
+// that is there for a good one: what a loss of power truncated does not run.
 func extract(dataDir string) error {
 	dir := filepath.Join(dataDir, "data", strings.Repeat("0123456789abcdef", 4))
 	bin := filepath.Join(dir, "bin")
 	cni := filepath.Join(dataDir, "data", "cni")
-	for _, d := range []string{bin, cni} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
-		}
-	}
-	links := map[string]string{}
-	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
-		links[filepath.Join(bin, name)] = filepath.Join(toolsDir, name)
-	}
 	runc, err := exec.LookPath("runc")
 	if err != nil {
 		return fmt.Errorf("the machine needs runc: %w", err)
 	}
-	links[filepath.Join(bin, "runc")] = runc
+	programs := map[string]string{"runc": runc, "k3s-server": "k3s", "k3s-agent": "k3s"}
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
+		programs[name] = filepath.Join(toolsDir, name)
+	}
+	if !exists(dir) {
+		if err := unpack(dir, programs); err != nil {
+			return fmt.Errorf("extracting data: %w", err)
+		}
+	}
+	switch program, err := os.ReadFile(filepath.Join(bin, "k3s")); {
+	case errors.Is(err, fs.ErrNotExist):
+		return errors.New(`exec: "k3s-server": executable file not found in $PATH`)
+	case err != nil:
+		return err
+	case !bytes.Equal(program, payload):
+		return fmt.Errorf("fork/exec %s/k3s-server: exec format error", bin)
+	}
+	if err := os.MkdirAll(cni, 0o755); err != nil {
+		return err
+	}
+	links := map[string]string{filepath.Join(dataDir, "data", "current"): dir}
 	for _, name := range []string{"ptp", "host-local", "portmap", "loopback", "bridge", "bandwidth"} {
 		links[filepath.Join(cni, name)] = "/usr/lib/cni/" + name
 	}
-	links[filepath.Join(dataDir, "data", "current")] = dir
 	for link, target := range links {
 		if have, err := os.Readlink(link); err == nil && have == target {
 			continue
@@ -116,6 +134,33 @@ func extract(dataDir string) error {
 		}
 	}
 	return os.Setenv("PATH", cni+":"+bin+":"+os.Getenv("PATH"))
+}
+
+// unpack makes a directory of programs beside its place and renames it.
+func unpack(dir string, programs map[string]string) error {
+	made := dir + "-tmp"
+	if err := os.RemoveAll(made); err != nil {
+		return err
+	}
+	bin := filepath.Join(made, "bin")
+	sum := sha256.Sum256(payload)
+	var links strings.Builder
+	for name, target := range programs {
+		fmt.Fprintf(&links, "%s %s\n", name, target)
+	}
+	for name, content := range map[string][]byte{
+		"k3s": payload, ".sha256sums": fmt.Appendf(nil, "%x  k3s\n", sum), ".links": []byte(links.String()),
+	} {
+		if err := writeFile(filepath.Join(bin, name), content, 0o755); err != nil {
+			return err
+		}
+	}
+	for name, target := range programs {
+		if err := os.Symlink(target, filepath.Join(bin, name)); err != nil {
+			return err
+		}
+	}
+	return os.Rename(made, dir)
 }
 
 // notify tells systemd a state, as sd_notify(3) says.

@@ -214,10 +214,13 @@ func randomHex(n int) string {
 // ensureSecretFile reads a file, or makes it with n random bytes.
 func ensureSecretFile(path string, n int, mode os.FileMode) (string, error) {
 	content, err := os.ReadFile(path)
-	if err == nil && strings.TrimSpace(string(content)) != "" {
+	if err == nil && strings.TrimSpace(string(content)) == "" {
+		err = fmt.Errorf("%s is empty", path)
+	}
+	if err == nil {
 		return strings.TrimSpace(string(content)), nil
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if !errors.Is(err, os.ErrNotExist) {
 		return "", err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -227,19 +230,14 @@ func ensureSecretFile(path string, n int, mode os.FileMode) (string, error) {
 	return secret, writeFile(path, []byte(secret+"\n"), mode)
 }
 
-// writeFile replaces a file as a whole, durably.
+// writeFile writes a file as k3s does, which syncs nothing: a loss of power in
+// the next half minute leaves it empty.
 func writeFile(path string, content []byte, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	file, err := os.CreateTemp(filepath.Dir(path), ".tmp-")
-	if err != nil {
+	if err := os.WriteFile(path, content, mode); err != nil {
 		return err
 	}
-	defer os.Remove(file.Name())
-	_, err = file.Write(content)
-	if err := errors.Join(err, file.Chmod(mode), file.Sync(), file.Close()); err != nil {
-		return err
-	}
-	return os.Rename(file.Name(), path)
+	return os.Chmod(path, mode)
 }
