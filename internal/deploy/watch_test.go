@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,13 +33,20 @@ type server struct {
 func (s *server) set(away error, items ...metav1.PartialObjectMetadata) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.away, s.items = away, items
+	s.away, s.items, s.asked = away, items, 0
 	if away != nil {
 		for _, w := range s.open {
 			w.Stop()
 		}
 		s.open = nil
 	}
+}
+
+// count is how often it was asked since set.
+func (s *server) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked
 }
 
 func (s *server) list(context.Context, metav1.ListOptions) (runtime.Object, error) {
@@ -92,9 +100,20 @@ func TestWatchIsBackSecondsAfterALongOutage(t *testing.T) {
 				s.set(nil, named("a", "1"), named("b", "1"), named("same", "1"))
 				w := newWatched("deployments", &metav1.PartialObjectMetadata{}, cache.Indexers{})
 				w.list, w.watch = s.list, s.watch
-				told := 0
-				w.failed = func(context.Context, string, error) { told++ }
+				var told atomic.Int64
+				w.failed = func(context.Context, string, error) { told.Add(1) }
+				var mu sync.Mutex
 				var changes []string
+				// taken are the changes since the last call, sorted.
+				taken := func() []string {
+					synctest.Wait()
+					mu.Lock()
+					defer mu.Unlock()
+					all := changes
+					changes = nil
+					slices.Sort(all)
+					return all
+				}
 				w.changed = func(old, obj any) {
 					what, m := "changed ", obj.(metav1.Object)
 					if _, there, _ := w.objects.Get(obj); !there {
@@ -102,31 +121,30 @@ func TestWatchIsBackSecondsAfterALongOutage(t *testing.T) {
 					} else if old == nil {
 						what = "new "
 					}
+					mu.Lock()
+					defer mu.Unlock()
 					changes = append(changes, what+m.GetName())
 				}
 				ctx, stop := context.WithCancel(t.Context())
 				done := make(chan struct{})
 				go func() { w.run(ctx); close(done) }()
 				<-w.synced
-				synctest.Wait()
-				if slices.Sort(changes); !slices.Equal(changes, []string{"new a", "new b", "new same"}) {
-					t.Errorf("at first: %q", changes)
+				if got := taken(); !slices.Equal(got, []string{"new a", "new b", "new same"}) {
+					t.Errorf("at first: %q", got)
 				}
 				s.set(test.away)
-				s.asked = 0
 				time.Sleep(time.Hour)
-				if s.asked > test.most || s.asked < 10 {
-					t.Errorf("asked %d times in an hour, want %d at most", s.asked, test.most)
+				if asked := s.count(); asked > test.most || asked < 10 {
+					t.Errorf("asked %d times in an hour, want %d at most", asked, test.most)
 				}
-				if test.failed != (told > 10) {
-					t.Errorf("told %d times", told)
+				if n := told.Load(); test.failed != (n > 10) {
+					t.Errorf("told %d times", n)
 				}
-				changes = nil
+				taken()
 				s.set(nil, named("b", "2"), named("c", "1"), named("same", "1"))
 				time.Sleep(test.within)
-				synctest.Wait()
-				if slices.Sort(changes); !slices.Equal(changes, []string{"changed b", "gone a", "new c"}) {
-					t.Errorf("%s after it is back: %q", test.within, changes)
+				if got := taken(); !slices.Equal(got, []string{"changed b", "gone a", "new c"}) {
+					t.Errorf("%s after it is back: %q", test.within, got)
 				}
 				stop()
 				<-done

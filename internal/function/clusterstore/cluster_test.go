@@ -712,9 +712,11 @@ func TestCustomHostMovesWithWhatAnswers(t *testing.T) {
 	want("resident", old)
 	node("node-a", 1, v1alpha1.ProgressReady, 1)
 	add(t, s, "site", 2, spin)
-	want("pods are wanted", old)
+	leaving := old
+	leaving.Leaving = true
+	want("pods are wanted", leaving)
 	node(clusterstore.NodeSpin, 2, v1alpha1.ProgressLoading, 0)
-	want("pods start", old)
+	want("pods start", leaving)
 	node(clusterstore.NodeSpin, 2, v1alpha1.ProgressReady, 2)
 	want("pods answer")
 
