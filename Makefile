@@ -41,7 +41,7 @@ vet:
 race: runner
 	$(GO) test ./internal/wasm
 	$(GO) test -run TestPeakMemory ./internal/artifact
-	CGO_ENABLED=1 sh test/runner/run.sh unit "$$($(GO) list ./... | grep -v /test/ | tr '\n' ' ')" -race -p 2 -timeout 20m
+	CGO_ENABLED=1 sh test/runner/run.sh unit "$$($(GO) list ./... | grep -v /test/ | tr '\n' ' ')" -race -p 3 -timeout 20m
 
 # gotestsum, built from source by its own module.
 runner:
@@ -63,7 +63,7 @@ arm64:
 
 ## e2e: drives the shipped binary over HTTP and kills it at random
 e2e: build test-tools runner
-	HEARTH_BINARY=$(CURDIR)/bin/nodeagent sh test/runner/run.sh e2e ./test/... -p 2 -timeout 30m -count=1 $(ARGS)
+	HEARTH_BINARY=$(CURDIR)/bin/nodeagent sh test/runner/run.sh e2e ./test/... -p 3 -timeout 30m -count=1 $(ARGS)
 
 ## soak: what takes its time: hundreds of images, dozens of kills, ten minutes
 ## without an API server, ten minutes of killing everything on one machine, ten
