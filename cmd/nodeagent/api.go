@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/urfave/cli/v2"
 	"k8s.io/client-go/rest"
@@ -46,11 +47,21 @@ func apiCommand() *cli.Command {
 			&cli.Int64Flag{Name: "quota-mib", Usage: "`MIB` of all wanted modules of one tenant (0: no limit)", Value: 1024, EnvVars: []string{"HEARTH_QUOTA_MIB"}},
 			&cli.Float64Flag{Name: "quota-changes", Usage: "changes that one tenant may make a second, on average (0: no limit)", Value: 5, EnvVars: []string{"HEARTH_QUOTA_CHANGES"}},
 			&cli.Float64Flag{Name: "quota-requests", Usage: "requests of all kinds that one tenant may make a second of each replica, on average (0: no limit)", Value: submit.DefaultQuotaRequests, EnvVars: []string{"HEARTH_QUOTA_REQUESTS"}},
-			&cli.DurationFlag{Name: "stale-after", Usage: "how long the heartbeat of a node's agent may be missing before what it said of the node is taken back (default: 3m30s)", EnvVars: []string{"HEARTH_STALE_AFTER"}},
+			&cli.DurationFlag{Name: "stale-after", Usage: "how long the heartbeat of a node's agent may be missing before what it said of the node is taken back (default: 3m30s)", EnvVars: []string{"HEARTH_STALE_AFTER"}, Action: checkStaleAfter},
 			command.LogLevelFlag("info"),
 		},
 		Action: apiAction,
 	}
+}
+
+// checkStaleAfter refuses what would take back the word of agents that live: the
+// shortest heartbeat is two seconds, and a busy node is late.
+func checkStaleAfter(_ *cli.Context, value time.Duration) error {
+	const least, most = 10 * time.Second, 24 * time.Hour
+	if value < least || value > most {
+		return cli.Exit(fmt.Sprintf("--stale-after %s is not between %s and %s; three heartbeats of the agents and half a minute suit most", value, least, most), exitUsage)
+	}
+	return nil
 }
 
 func apiAction(c *cli.Context) error {

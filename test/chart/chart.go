@@ -4,6 +4,7 @@ package chart
 
 import (
 	"context"
+	"debug/elf"
 	"fmt"
 	"io"
 	"os"
@@ -34,7 +35,26 @@ func LoadImage(ctx context.Context, c *cluster.Cluster) (agent string, err error
 			return "", err
 		}
 	}
+	if err := static(agent); err != nil {
+		return "", err
+	}
 	return agent, c.LoadBinaryImage(ctx, image+":"+tag, map[string]string{"/usr/bin/nodeagent": agent}, "/usr/bin/nodeagent")
+}
+
+// static refuses a program that needs libraries, which the image lacks: its
+// pods would say no more than "no such file or directory".
+func static(path string) error {
+	f, err := elf.Open(path)
+	if err != nil {
+		return fmt.Errorf("read HEARTH_BINARY: %w", err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return fmt.Errorf("%s is linked dynamically; build it with CGO_ENABLED=0, as make build does", path)
+		}
+	}
+	return nil
 }
 
 // Install applies what helm renders with the values, each KEY=VALUE as --set
