@@ -61,9 +61,12 @@ test-tools:
 arm64:
 	GOARCH=arm64 $(GO) test -short -timeout 20m -exec qemu-aarch64-static ./internal/wasm/ ./internal/precompile/
 
+# These first: what starts last should not take longest.
+LONGEST = ./test/functions ./test/node ./test/bootstrap
+
 ## e2e: drives the shipped binary over HTTP and kills it at random
 e2e: build test-tools runner
-	HEARTH_BINARY=$(CURDIR)/bin/nodeagent sh test/runner/run.sh e2e ./test/... -p 3 -timeout 30m -count=1 $(ARGS)
+	HEARTH_BINARY=$(CURDIR)/bin/nodeagent sh test/runner/run.sh e2e "$(LONGEST) ./test/..." -p 3 -timeout 30m -count=1 $(ARGS)
 
 ## soak: what takes its time: hundreds of images, dozens of kills, ten minutes
 ## without an API server, ten minutes of killing everything on one machine, ten
