@@ -57,17 +57,17 @@ copy_into() {
 carry() { for path in "$@"; do copy_into "$path" "$path"; done; }
 carry /etc/resolv.conf /etc/apt/apt.conf.d /etc/apt/sources.list /etc/apt/sources.list.d /etc/apt/trusted.gpg.d \
 	/etc/ssl/certs/ca-certificates.crt /usr/local/share/ca-certificates /etc/pip.conf
-for user in root newcomer; do
+for user in ci newcomer; do
 	for path in .config/go/env .cargo/config.toml .config/pip .npmrc; do
 		copy_into "$HOME/$path" "/home/$user/$path"
 	done
 done
-mkdir -p "$root/usr/local/go"
-cp -a "$(go env GOROOT)/." "$root/usr/local/go/"
+mkdir -p "$root/opt/go"
+cp -a "$(go env GOROOT)/." "$root/opt/go/"
 chroot "$root" useradd --uid 4242 --no-create-home --shell /bin/bash newcomer
 mkdir -p "$root/home/newcomer"
 git clone --quiet --no-local . "$root/home/newcomer/hearth"
-git clone --quiet --no-local . "$root/home/root/hearth"
+git clone --quiet --no-local . "$root/home/ci/hearth"
 chroot "$root" chown -R newcomer: /home/newcomer
 
 mount -t proc proc "$root/proc"
@@ -75,26 +75,27 @@ mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
 mount --make-rslave "$root/sys" && mount --make-rslave "$root/dev"
 
-# in USER COMMAND...: only what a login shell would have, and package mirrors.
+# in_root ACCOUNT HOME COMMAND...: only what a login shell would have, and
+# package mirrors.
 in_root() {
-	local user=$1 home=/home/$1
-	shift
+	local user=$1 home=$2
+	shift 2
 	chroot --userspec="$user:" "$root" env -i HOME="$home" USER="$user" TERM=dumb LANG=C.UTF-8 \
-		PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+		PATH=/opt/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
 		${CI:+CI=$CI} bash -c "cd ~/hearth && $*"
 }
 
 if [ "$what" != test ]; then
 	say "make run, as an ordinary user"
 	# Shells start background jobs with SIGINT ignored; a terminal does not.
-	in_root newcomer "exec env --default-signal=INT setsid make run" >"$root/run.log" 2>&1 &
+	in_root newcomer /home/newcomer "exec env --default-signal=INT setsid make run" >"$root/run.log" 2>&1 &
 	for ((i = 0; i < 1200; i++)); do
 		curl -fsS -o /dev/null http://127.0.0.1:8080/readyz 2>/dev/null && break
 		kill -0 $! 2>/dev/null || { cat "$root/run.log"; echo "fresh: make run ended" >&2; exit 1; }
 		sleep 1
 	done
 	cat "$root/run.log"
-	in_root newcomer "./bin/nodeagent submit examples/hello-go && ./bin/nodeagent status"
+	in_root newcomer /home/newcomer "./bin/nodeagent submit examples/hello-go && ./bin/nodeagent status"
 	answer=$(curl -fsS http://hello-go.localhost:8080/ --resolve hello-go.localhost:8080:127.0.0.1)
 	echo "hello-go answers: $answer"
 	[ -n "$answer" ] || { echo "fresh: hello-go answered nothing" >&2; exit 1; }
@@ -109,6 +110,6 @@ fi
 
 if [ "$what" != run ]; then
 	say "what CI runs, as root, with nothing cached"
-	CI=${CI:-true} in_root root "time .ci/run"
+	CI=${CI:-true} in_root root /home/ci "time .ci/run"
 fi
 say "done"
