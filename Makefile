@@ -14,7 +14,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # Binaries are static: the same file runs in a container, on a node, on a laptop.
 export CGO_ENABLED = 0
 
-.PHONY: run build test vet race runner test-tools lint bench bench-cluster bench-functions bench-bootstrap e2e arm64 soak fresh image binaries packages manifests packaging-tools docs clean
+.PHONY: run build test test-keda vet race runner test-tools lint bench bench-cluster bench-functions bench-bootstrap e2e arm64 soak fresh image binaries packages manifests packaging-tools docs clean
 
 ## run: everything on this machine; ends on a screen that says what to try next.
 ## Builds nodeagent without the clients of clusters (tag local), which are most
@@ -33,6 +33,11 @@ build:
 test: test-tools
 	rm -rf bin/tests
 	$(MAKE) -k vet race arm64 e2e; status=$$?; sh test/runner/report.sh; exit $$status
+
+## test-keda: KEDA, whose operator takes six minutes to build when nothing is
+## cached, gives a function pods on a cluster; needs root
+test-keda: build test-tools
+	HEARTH_KEDA=1 HEARTH_BINARY=$(CURDIR)/bin/nodeagent $(GO) test -timeout 60m -count=1 -v -run '^TestKEDA' ./test/functions
 
 vet:
 	$(GO) vet ./...
@@ -86,6 +91,7 @@ fresh:
 bench: build
 	sh test/install-deps.sh
 	HEARTH_BINARY=$(CURDIR)/bin/nodeagent $(GO) run ./test/bench $(ARGS)
+	[ "$$(id -u)" != 0 ] || [ -n "$(findstring -only,$(ARGS))" ] || $(MAKE) bench-functions ARGS='$(filter -check -v,$(ARGS))'
 	[ "$$(id -u)" != 0 ] || [ -n "$(findstring -only,$(ARGS))" ] || $(MAKE) bench-bootstrap ARGS='$(filter -check -v,$(ARGS))'
 
 ## bench-cluster: the node agent on a real cluster, measured in one run; needs root

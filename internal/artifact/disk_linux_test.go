@@ -6,21 +6,9 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/hearth-sh/hearth/test/needs"
 	"golang.org/x/sys/unix"
 )
-
-// mount mounts a file system for as long as the test.
-func mount(t *testing.T, source, dir, fstype string, flags uintptr, data string) {
-	t.Helper()
-	if err := unix.Mount(source, dir, fstype, flags, data); err != nil {
-		missing(t, "mounting a %s needs root and CAP_SYS_ADMIN: %v", fstype, err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-}
 
 func TestFullDisk(t *testing.T) {
 	content := randomBytes(large, 40)
@@ -44,7 +32,7 @@ func TestFullDisk(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
-			mount(t, "tmpfs", dir, "tmpfs", 0, "size=4m")
+			needs.Tmpfs(t, dir, "size=4m")
 			m := newMirror(t, tt.served)
 			a := artifactOf(dir, tt.served, m.URL)
 			old := []byte("the old one")
@@ -66,7 +54,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	t.Run("several together", func(t *testing.T) {
 		dir := t.TempDir()
-		mount(t, "tmpfs", dir, "tmpfs", 0, "size=10m")
+		needs.Tmpfs(t, dir, "size=10m")
 		m := newMirror(t, content)
 		a, b := artifactOf(dir, content, m.URL), artifactOf(dir, content, m.URL)
 		b.Path += "2"
@@ -92,7 +80,15 @@ func TestReadOnlyDisk(t *testing.T) {
 	if err := os.WriteFile(present.Path, content, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	mount(t, dir, dir, "", unix.MS_BIND, "")
+	needs.Root(t, "mounting a directory")
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		needs.Missing(t, "mounting a directory: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +112,7 @@ func TestReadOnlyDisk(t *testing.T) {
 func TestSpaceIsReservedBeforehand(t *testing.T) {
 	content := randomBytes(large, 42)
 	dir := t.TempDir()
-	mount(t, "tmpfs", dir, "tmpfs", 0, "size=16m")
+	needs.Tmpfs(t, dir, "size=16m")
 	free := func() int64 {
 		n, err := freeBytes(dir)
 		if err != nil {

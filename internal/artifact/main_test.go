@@ -352,12 +352,3 @@ func wantCode(t testing.TB, err error, code fault.Code, says ...string) {
 		}
 	}
 }
-
-// missing leaves a test out where a tool is missing, but not where CI must run it.
-func missing(t testing.TB, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func testManifest(serial int64) *Manifest {
@@ -226,7 +227,7 @@ func TestKeysSurviveTheirTextForms(t *testing.T) {
 func TestOpenSSLAgrees(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
-		missing(t, "no openssl here: %v", err)
+		needs.Missing(t, "no openssl here: %v", err)
 	}
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }

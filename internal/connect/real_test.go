@@ -39,71 +39,31 @@ import (
 
 const apiImage = "hearth.test/api:1"
 
-// bench is the one real cluster of this package's tests, with a small server
-// in the place of the API, started by the first test that needs it.
-type bench struct {
-	once    sync.Once
-	cluster *cluster.Cluster
-	err     error
+// shared is the one real cluster of this package's tests, with a small server
+// in the place of the API.
+var shared = cluster.Shared{
+	Start: startBench,
+	// client-go keeps a few for the life of the process.
+	Leaks: []goleak.Option{goleak.IgnoreAnyFunction("k8s.io/klog/v2.(*flushDaemon).run.func1")},
 }
 
-var shared bench
+func TestMain(m *testing.M) { os.Exit(shared.Main(m)) }
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if c := shared.cluster; c != nil {
-		if code != 0 {
-			c.DumpLogs(os.Stderr)
-		}
-		if err := c.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	if code == 0 {
-		// client-go keeps a few for the life of the process.
-		if err := goleak.Find(goleak.IgnoreAnyFunction("k8s.io/klog/v2.(*flushDaemon).run.func1")); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
-
-func realCluster(t *testing.T) *cluster.Cluster {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a real cluster")
-	}
-	shared.once.Do(func() { shared.cluster, shared.err = startBench(context.Background()) })
-	if errors.Is(shared.err, cluster.ErrCannotRun) && os.Getenv("CI") == "" {
-		t.Skip(shared.err)
-	}
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.cluster
-}
+func realCluster(t *testing.T) *cluster.Cluster { t.Helper(); return shared.Need(t) }
 
 func startBench(ctx context.Context) (*cluster.Cluster, error) {
 	c, err := cluster.New(ctx, cluster.Options{})
 	if err != nil {
 		return nil, err
 	}
-	fill := func() error {
-		binary, err := cluster.GoBinary(ctx, "./internal/connect/testdata/api")
-		if err != nil {
-			return err
-		}
-		if err := c.LoadBinaryImage(ctx, apiImage, map[string]string{"/api": binary}); err != nil {
-			return err
-		}
-		return install(ctx, c)
+	binary, err := cluster.GoBinary(ctx, "./internal/connect/testdata/api")
+	if err != nil {
+		return c, err
 	}
-	if err := fill(); err != nil {
-		return nil, errors.Join(err, c.Close())
+	if err := c.LoadBinaryImage(ctx, apiImage, map[string]string{"/api": binary}); err != nil {
+		return c, err
 	}
-	return c, nil
+	return c, install(ctx, c)
 }
 
 // install makes what the chart makes, as far as this package sees it.

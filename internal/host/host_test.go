@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -535,23 +536,13 @@ func TestWriteFailuresAreClassified(t *testing.T) {
 
 // Real file systems, because a fake would only show what we believe of them.
 func TestReadOnlyAndFullFileSystems(t *testing.T) {
-	if os.Getuid() != 0 {
-		skip(t, "mounting file systems needs root")
-	}
 	mount := func(t *testing.T, options string) *Host {
 		h := newHost(t)
 		target := filepath.Join(h.Root(), "usr")
 		if err := os.Mkdir(target, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Mount("tmpfs", target, "tmpfs", 0, options); err != nil {
-			skip(t, "mounting a tmpfs: "+err.Error())
-		}
-		t.Cleanup(func() {
-			if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
-				t.Error(err)
-			}
-		})
+		needs.Tmpfs(t, target, options)
 		return h
 	}
 	file := []File{{Path: "/usr/local/x", Content: bytes.Repeat([]byte("x"), 1<<20)}}
@@ -585,15 +576,6 @@ func TestReadOnlyAndFullFileSystems(t *testing.T) {
 			t.Error(err)
 		}
 	})
-}
-
-// skip skips a test that cannot run here, and fails it where everything must run.
-func skip(t testing.TB, why string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
 }
 
 func TestDamagedLedgersAreRefused(t *testing.T) {

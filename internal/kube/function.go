@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -44,104 +42,6 @@ type FunctionList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 
 	Items []Function `json:"items"`
-}
-
-var (
-	_ runtime.Object = (*Function)(nil)
-	_ runtime.Object = (*FunctionList)(nil)
-)
-
-// DeepCopyInto writes a copy that shares nothing with f.
-func (f *Function) DeepCopyInto(out *Function) {
-	*out = *f
-	f.ObjectMeta.DeepCopyInto(&out.ObjectMeta)
-	if f.Spec.Limits != nil {
-		limits := *f.Spec.Limits
-		out.Spec.Limits = &limits
-	}
-	out.Spec.Env = slices.Clone(f.Spec.Env)
-	for i, e := range out.Spec.Env {
-		if e.SecretKeyRef != nil {
-			ref := *e.SecretKeyRef
-			out.Spec.Env[i].SecretKeyRef = &ref
-		}
-	}
-	out.Spec.Routes = slices.Clone(f.Spec.Routes)
-	if p := f.Spec.Placement; p != nil {
-		out.Spec.Placement = &v1alpha1.FunctionPlacement{NodeSelector: maps.Clone(p.NodeSelector)}
-	}
-	if a := f.Spec.Autoscaling; a != nil {
-		autoscaling := *a
-		out.Spec.Autoscaling = &autoscaling
-	}
-	out.Status = CopyStatus(f.Status)
-}
-
-// CopyStatus returns a copy that shares nothing with s.
-func CopyStatus(s v1alpha1.FunctionStatus) v1alpha1.FunctionStatus {
-	s.Nodes = slices.Clone(s.Nodes)
-	for i := range s.Nodes {
-		s.Nodes[i].Error = copyError(s.Nodes[i].Error)
-	}
-	s.History = slices.Clone(s.History)
-	for i := range s.History {
-		h := &s.History[i]
-		h.Error, h.Phases = copyError(h.Error), slices.Clone(h.Phases)
-		if h.ActivatedAt != nil {
-			at := *h.ActivatedAt
-			h.ActivatedAt = &at
-		}
-	}
-	s.Conditions = slices.Clone(s.Conditions)
-	return s
-}
-
-func copyError(e *v1alpha1.FunctionError) *v1alpha1.FunctionError {
-	if e == nil {
-		return nil
-	}
-	c := *e
-	return &c
-}
-
-// DeepCopy returns a copy that shares nothing with f.
-func (f *Function) DeepCopy() *Function {
-	if f == nil {
-		return nil
-	}
-	out := new(Function)
-	f.DeepCopyInto(out)
-	return out
-}
-
-// DeepCopyObject implements runtime.Object.
-func (f *Function) DeepCopyObject() runtime.Object {
-	if f == nil {
-		return nil
-	}
-	return f.DeepCopy()
-}
-
-// DeepCopy returns a copy that shares nothing with l.
-func (l *FunctionList) DeepCopy() *FunctionList {
-	if l == nil {
-		return nil
-	}
-	out := *l
-	l.ListMeta.DeepCopyInto(&out.ListMeta)
-	out.Items = slices.Clone(l.Items)
-	for i := range l.Items {
-		l.Items[i].DeepCopyInto(&out.Items[i])
-	}
-	return &out
-}
-
-// DeepCopyObject implements runtime.Object.
-func (l *FunctionList) DeepCopyObject() runtime.Object {
-	if l == nil {
-		return nil
-	}
-	return l.DeepCopy()
 }
 
 // Functions reads the Function objects of a cluster and writes their status.

@@ -2,8 +2,6 @@ package kube
 
 import (
 	"fmt"
-	"slices"
-	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -40,55 +38,6 @@ type HostList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 
 	Items []Host `json:"items"`
-}
-
-var (
-	_ runtime.Object = (*Host)(nil)
-	_ runtime.Object = (*HostList)(nil)
-)
-
-// DeepCopyInto writes a copy that shares nothing with h.
-func (h *Host) DeepCopyInto(out *Host) {
-	*out = *h
-	h.ObjectMeta.DeepCopyInto(&out.ObjectMeta)
-	for _, at := range []**time.Time{&out.Spec.ClaimedAt, &out.Spec.ReleasedAt} {
-		if *at != nil {
-			c := **at
-			*at = &c
-		}
-	}
-}
-
-// DeepCopy returns a copy that shares nothing with h.
-func (h *Host) DeepCopy() *Host {
-	if h == nil {
-		return nil
-	}
-	out := new(Host)
-	h.DeepCopyInto(out)
-	return out
-}
-
-// DeepCopyObject implements runtime.Object.
-func (h *Host) DeepCopyObject() runtime.Object {
-	if h == nil {
-		return nil
-	}
-	return h.DeepCopy()
-}
-
-// DeepCopyObject implements runtime.Object.
-func (l *HostList) DeepCopyObject() runtime.Object {
-	if l == nil {
-		return nil
-	}
-	out := *l
-	l.ListMeta.DeepCopyInto(&out.ListMeta)
-	out.Items = slices.Clone(l.Items)
-	for i := range l.Items {
-		l.Items[i].DeepCopyInto(&out.Items[i])
-	}
-	return &out
 }
 
 // NewRESTClient returns a client of the resources of group hearth.sh that

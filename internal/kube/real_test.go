@@ -10,12 +10,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -26,68 +24,31 @@ import (
 	"github.com/hearth-sh/hearth/test/cluster"
 )
 
-// bench is the one real cluster of this package's tests, with the shipped
-// custom resource, started by the first test that needs it.
-type bench struct {
-	once    sync.Once
-	cluster *cluster.Cluster
-	err     error
-}
-
-var shared bench
-
-func realCluster(t *testing.T) *cluster.Cluster {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a real cluster")
+// shared is the one real cluster of this package's tests, with the shipped
+// custom resources.
+var shared = cluster.Shared{Start: func(ctx context.Context) (*cluster.Cluster, error) {
+	c, err := cluster.New(ctx, cluster.Options{ControlPlaneOnly: true})
+	if err != nil {
+		return nil, err
 	}
-	shared.once.Do(func() {
-		ctx := context.Background()
-		if shared.cluster, shared.err = cluster.New(ctx, cluster.Options{ControlPlaneOnly: true}); shared.err != nil {
-			return
+	for _, resource := range []string{v1alpha1.FunctionsResource, v1alpha1.HostsResource} {
+		manifest, err := os.ReadFile(filepath.Join(crdDir, v1alpha1.Group+"_"+resource+".yaml"))
+		if err != nil {
+			return c, err
 		}
-		for _, resource := range []string{v1alpha1.FunctionsResource, v1alpha1.HostsResource} {
-			var manifest []byte
-			if manifest, shared.err = os.ReadFile(filepath.Join(crdDir, v1alpha1.Group+"_"+resource+".yaml")); shared.err != nil {
-				return
-			}
-			if _, shared.err = shared.cluster.ApplyManifest(ctx, manifest); shared.err != nil {
-				return
-			}
+		if _, err := c.ApplyManifest(ctx, manifest); err != nil {
+			return c, err
 		}
-		shared.err = shared.cluster.WaitFor(ctx, "functions to be served", 2*time.Minute, func(ctx context.Context) (bool, error) {
-			_, err := kube.NewFunctions(shared.cluster.Dynamic()).List(ctx, "")
-			return err == nil, nil
-		})
+	}
+	return c, c.WaitFor(ctx, "functions to be served", 2*time.Minute, func(ctx context.Context) (bool, error) {
+		_, err := kube.NewFunctions(c.Dynamic()).List(ctx, "")
+		return err == nil, nil
 	})
-	if errors.Is(shared.err, cluster.ErrCannotRun) && os.Getenv("CI") == "" {
-		t.Skip(shared.err)
-	}
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.cluster
-}
+}}
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+func realCluster(t *testing.T) *cluster.Cluster { t.Helper(); return shared.Need(t) }
 
-func run(m *testing.M) int {
-	code := m.Run()
-	if c := shared.cluster; c != nil {
-		if code != 0 {
-			c.DumpLogs(os.Stderr)
-		}
-		if err := c.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	if err := goleak.Find(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	return code
-}
+func TestMain(m *testing.M) { os.Exit(shared.Main(m)) }
 
 var digest = "@sha256:" + strings.Repeat("0f", 32)
 

@@ -24,6 +24,7 @@ import (
 
 	"github.com/hearth-sh/hearth/internal/sandbox"
 	"github.com/hearth-sh/hearth/internal/wasm"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // childEnvironment makes the test binary one of the processes below.
@@ -138,15 +139,6 @@ var guests struct {
 	err  [2]error
 }
 
-// missing leaves a test out where a tool is missing, but not where CI must run it.
-func missing(t testing.TB, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
 func cGuest(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(guests.dir, "c.wasm")
@@ -154,7 +146,7 @@ func cGuest(t testing.TB) string {
 		guests.err[0] = output(exec.Command("clang", "--target=wasm32-wasi", "-O2", "-o", path, filepath.Join("testdata", "hello.c")))
 	})
 	if guests.err[0] != nil {
-		missing(t, "no C compiler for wasm32-wasi here (clang, lld, wasi-libc): %v", guests.err[0])
+		needs.Missing(t, "no C compiler for wasm32-wasi here (clang, lld, wasi-libc): %v", guests.err[0])
 	}
 	return path
 }
@@ -175,7 +167,7 @@ func goGuest(t testing.TB) string {
 		guests.err[1] = err
 	})
 	if guests.err[1] != nil {
-		missing(t, "no Go toolchain here: %v", guests.err[1])
+		needs.Missing(t, "no Go toolchain here: %v", guests.err[1])
 	}
 	return path
 }

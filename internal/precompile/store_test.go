@@ -22,6 +22,7 @@ import (
 
 	"github.com/hearth-sh/hearth/internal/sandbox"
 	"github.com/hearth-sh/hearth/internal/wasm"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func TestGuestsCompileLoadAndRun(t *testing.T) {
@@ -532,24 +533,8 @@ func TestLeastRecentlyUsedIsEvictedAndLiveIsNot(t *testing.T) {
 }
 
 func TestFullDiskIsAnErrorWithoutLeftovers(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("mounting a small filesystem needs root")
-		}
-		t.Skip("mounting a small filesystem needs root")
-	}
 	dir := t.TempDir()
-	if err := syscall.Mount("hearth-test", dir, "tmpfs", 0, "size=256k"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("cannot mount a tmpfs: %v", err)
-		}
-		t.Skipf("cannot mount a tmpfs: %v", err)
-	}
-	defer func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	}()
+	needs.Tmpfs(t, dir, "size=256k")
 	s := openStore(t, dir)
 	small, big := writeFile(t, distinctModule(1)), writeFile(t, compileBomb(80, 400))
 	ref := ensure(t, s, "small", small)

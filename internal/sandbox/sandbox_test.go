@@ -21,6 +21,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/hearth-sh/hearth/test/needs"
 	"github.com/tetratelabs/wazero"
 	"go.uber.org/goleak"
 	"golang.org/x/net/bpf"
@@ -80,18 +81,26 @@ var emulator = sync.OnceValue(func() []string {
 	return nil
 })
 
-// needKernel skips a test about a layer that this kernel (or emulator) lacks.
+// needKernel skips a test about a layer that this kernel (or emulator) lacks. In
+// CI only an emulator may lack one.
 func needKernel(t *testing.T, seccomp, landlock bool) {
 	t.Helper()
+	lacks := func(format string, err error) {
+		t.Helper()
+		if len(emulator()) > 0 {
+			t.Skipf(format, err)
+		}
+		needs.Missing(t, format, err)
+	}
 	if _, err := landlockABI(); landlock && err != nil {
-		t.Skipf("this kernel has no Landlock: %v", err)
+		lacks("this kernel has no Landlock: %v", err)
 	}
 	// An unknown operation is EINVAL where seccomp exists, and an available
 	// action returns 0.
 	action := uint32(retKill)
 	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_GET_ACTION_AVAIL, 0, uintptr(unsafe.Pointer(&action)))
 	if seccomp && errno != 0 {
-		t.Skipf("this kernel has no seccomp filters: %v", errno)
+		lacks("this kernel has no seccomp filters: %v", errno)
 	}
 }
 

@@ -33,6 +33,7 @@ import (
 	"github.com/hearth-sh/hearth/internal/shim"
 	"github.com/hearth-sh/hearth/internal/shim/shimtest"
 	"github.com/hearth-sh/hearth/test/cluster"
+	"github.com/hearth-sh/hearth/test/needs"
 	"github.com/hearth-sh/hearth/test/shims"
 )
 
@@ -54,12 +55,7 @@ func needContainerd(t *testing.T) (binary string) {
 	if testing.Short() {
 		t.Skip("runs real containers: left out with -short")
 	}
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("running containers needs root")
-		}
-		t.Skip("running containers needs root")
-	}
+	needs.Root(t, "running containers")
 	if dir := os.Getenv("HEARTH_TEST_CONTAINERD_DIR"); dir != "" {
 		return filepath.Join(dir, "containerd")
 	}
@@ -532,12 +528,7 @@ func TestContainerdDown(t *testing.T) {
 // This needs no test shims, so it holds the handling of containerd where there
 // is no Rust.
 func TestContainerdNativeRuntime(t *testing.T) {
-	if _, err := exec.LookPath("runc"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("runc is missing: install the Debian package runc")
-		}
-		t.Skip("needs runc: install the Debian package runc")
-	}
+	needs.Program(t, "runc")
 	d := newDaemon(t, shims.Paths{Dir: "/usr/local/bin"})
 	node := d.node(t, filepath.Join(d.dir, "hearth"))
 	runc := shim.Runtime{Name: "runc", Handler: "runc", RuntimeType: "io.containerd.runc.v2", Binary: "/runc", Options: map[string]any{"SystemdCgroup": false}}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hearth-sh/hearth/test/needs"
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -22,7 +23,7 @@ type node struct {
 // newNode makes a node whose containerd has a PATH.
 func newNode(t *testing.T, path string) node {
 	t.Helper()
-	needRoot(t)
+	needs.Root(t, "a shim")
 	n := node{root: t.TempDir(), proc: t.TempDir()}
 	if err := os.MkdirAll(filepath.Join(n.proc, "7"), 0o755); err != nil {
 		t.Fatal(err)

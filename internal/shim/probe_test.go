@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hearth-sh/hearth/test/needs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/tetratelabs/wazero"
@@ -58,13 +59,7 @@ func TestProbeModuleAnswers(t *testing.T) {
 }
 
 func TestProbeSourceStillCompiles(t *testing.T) {
-	clang, err := exec.LookPath("clang")
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("clang is missing: run test/install-deps.sh")
-		}
-		t.Skip("clang is missing: run test/install-deps.sh")
-	}
+	clang := needs.Program(t, "clang")
 	output := filepath.Join(t.TempDir(), "probe.wasm")
 	source, err := os.ReadFile("probe.go")
 	if err != nil {

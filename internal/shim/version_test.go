@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func TestParseVersion(t *testing.T) {
@@ -80,19 +82,8 @@ func script(t *testing.T, dir, name, body string) string {
 	return path
 }
 
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Getuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("shims must belong to root: run the tests as root")
-	}
-	t.Skip("shims must belong to root: run the tests as root")
-}
-
 func TestRunVersion(t *testing.T) {
-	needRoot(t)
+	needs.Root(t, "a shim")
 	dir := t.TempDir()
 	t.Setenv("SECRET", "token")
 	cases := []struct{ behaviour, body, want, fails string }{
@@ -117,7 +108,7 @@ func TestRunVersion(t *testing.T) {
 }
 
 func TestRunVersionInAnotherRoot(t *testing.T) {
-	needRoot(t)
+	needs.Root(t, "a shim")
 	// The shell is not there, which is how we know that the root was changed.
 	root := t.TempDir()
 	script(t, filepath.Join(root, "bin"), "shim", "echo 'Version: 1.2.3'")
@@ -127,7 +118,7 @@ func TestRunVersionInAnotherRoot(t *testing.T) {
 }
 
 func TestRunVersionRefusesWhatOthersCanChange(t *testing.T) {
-	needRoot(t)
+	needs.Root(t, "a shim")
 	dir := t.TempDir()
 	inner := filepath.Join(dir, "inner")
 	path := script(t, inner, "shim", "echo 'Version: 1.2.3'")
@@ -161,7 +152,7 @@ func TestRunVersionRefusesWhatOthersCanChange(t *testing.T) {
 }
 
 func TestBinaryCache(t *testing.T) {
-	needRoot(t)
+	needs.Root(t, "a shim")
 	dir := t.TempDir()
 	ran := filepath.Join(dir, "ran")
 	path := script(t, dir, "shim", "echo x >>"+ran+"; echo 'Version: 1.2.3'")

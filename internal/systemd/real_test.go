@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // insideEnv is set for the copy of this test program that runs on a machine
@@ -30,14 +31,6 @@ const (
 	bootTimeout  = 2 * time.Minute
 )
 
-func cannot(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
 // TestOnARealSystemd boots a small Debian in a container and runs the tests
 // whose names begin with TestReal there.
 func TestOnARealSystemd(t *testing.T) {
@@ -47,12 +40,10 @@ func TestOnARealSystemd(t *testing.T) {
 	if testing.Short() {
 		t.Skip("booting a machine takes seconds")
 	}
-	if os.Getuid() != 0 {
-		cannot(t, "only root can boot a machine in a container")
-	}
+	needs.Root(t, "booting a machine in a container")
 	for _, tool := range []string{"systemd-nspawn", "nsenter", "mmdebstrap"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			cannot(t, "%v: test/packaging/install-deps.sh installs it", err)
+			needs.Missing(t, "%v: test/packaging/install-deps.sh installs it", err)
 		}
 	}
 	self, err := os.Executable()
@@ -79,7 +70,7 @@ func TestOnARealSystemd(t *testing.T) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	cmd.WaitDelay = time.Minute
 	if err := cmd.Start(); err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -105,7 +96,7 @@ func TestOnARealSystemd(t *testing.T) {
 		select {
 		case err := <-ended:
 			ended <- err
-			cannot(t, "the container ended: %v\n%s", err, console.String())
+			needs.Missing(t, "the container ended: %v\n%s", err, console.String())
 		case <-time.After(100 * time.Millisecond):
 		}
 		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid))
@@ -133,7 +124,7 @@ func debianRoot(t *testing.T) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	key := sha256.Sum256([]byte(suite + " " + rootPackages))
 	dir := filepath.Join(cache, "hearth", "debian-"+hex.EncodeToString(key[:6]))
@@ -152,7 +143,7 @@ func debianRoot(t *testing.T) string {
 	defer cancel()
 	made := filepath.Join(temp, "root")
 	if out, err := exec.CommandContext(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--include="+rootPackages, suite, made).CombinedOutput(); err != nil {
-		cannot(t, "make a Debian root: %v\n%s", err, out)
+		needs.Missing(t, "make a Debian root: %v\n%s", err, out)
 	}
 	if err := os.Rename(made, dir); err != nil {
 		if _, err2 := os.Stat(filepath.Join(dir, "etc")); err2 != nil {

@@ -9,6 +9,7 @@ import (
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 
 	"github.com/hearth-sh/hearth/internal/wasm"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func TestSniffTellsKindsApart(t *testing.T) {
@@ -341,7 +342,7 @@ func TestGoProgramComputesTheSameLowered(t *testing.T) {
 	onOneGoroutine(t)
 	guest, err := goGuest()
 	if err != nil {
-		skip(t, err)
+		needs.Missing(t, "%v", err)
 	}
 	run := func(m []byte) string {
 		r := newRuntime(t)

@@ -12,6 +12,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -29,6 +30,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/crypto/x509roots/fallback/bundle"
 )
 
 // nonRoot is the user of the engine and of anything whose pod does not say
@@ -126,6 +128,18 @@ func buildImage(version string, p v1.Platform, dir string) (v1.Image, error) {
 			return nil, err
 		}
 	}
+	roots, err := trusted()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range []string{"etc/ssl/", "etc/ssl/certs/"} {
+		if err := add(tar.Header{Name: d, Mode: 0o755, Typeflag: tar.TypeDir}, nil); err != nil {
+			return nil, err
+		}
+	}
+	if err := add(tar.Header{Name: "etc/ssl/certs/ca-certificates.crt", Mode: 0o644, Typeflag: tar.TypeReg}, roots); err != nil {
+		return nil, err
+	}
 	users := "root:x:0:0:root:/:/sbin/nologin\nhearth:x:65532:65532:hearth:/:/sbin/nologin\n"
 	if err := add(tar.Header{Name: "etc/passwd", Mode: 0o644, Typeflag: tar.TypeReg}, []byte(users)); err != nil {
 		return nil, err
@@ -173,6 +187,26 @@ func buildImage(version string, p v1.Platform, dir string) (v1.Image, error) {
 		},
 	}
 	return mutate.ConfigFile(img, config)
+}
+
+// trusted are Mozilla's authorities as PEM: without them no program in the image
+// could speak to ECR, or to any registry, over TLS. They come from a module and
+// not from this machine, so that the image stays the same everywhere. Authorities
+// that are trusted for older certificates only are left out: PEM cannot say it.
+func trusted() ([]byte, error) {
+	var out bytes.Buffer
+	for root := range bundle.Roots() {
+		if root.Constraint != nil {
+			continue
+		}
+		if err := pem.Encode(&out, &pem.Block{Type: "CERTIFICATE", Bytes: root.Certificate}); err != nil {
+			return nil, err
+		}
+	}
+	if out.Len() == 0 {
+		return nil, errors.New("the bundle of authorities is empty")
+	}
+	return out.Bytes(), nil
 }
 
 // writeLayout replaces the directory only when the new layout is complete.

@@ -11,9 +11,8 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
-	"os/signal"
-	"runtime"
 	"time"
 
 	"github.com/hearth-sh/hearth/test/bench/report"
@@ -35,23 +34,15 @@ func main() {
 	if os.Getenv(burnEnv) != "" {
 		burn()
 	}
-	var o options
-	check := flag.Bool("check", false, "exit with status 1 when a target is missed")
-	only := flag.String("only", "", "comma-separated sections to run (first, hit, warm, memory, deadline, compute, fresh); all when empty")
-	flag.IntVar(&o.functions, "functions", 30, "fresh functions per language for the first request")
-	flag.IntVar(&o.idle, "idle", 100, "idle functions when memory is measured")
-	flag.DurationVar(&o.load, "load", 3*time.Second, "length of each throughput run")
-	flag.IntVar(&o.kills, "kills", 20, "requests per guest that is stopped at its deadline")
-	flag.IntVar(&o.burners, "burners", 0, "busy programs beside the guests that are stopped at their deadline")
-	flag.IntVar(&o.rounds, "rounds", 5, "turns of each compared pair")
-	flag.IntVar(&o.compute, "compute", 20, "work of the compute-bound guest per turn")
-	flag.BoolVar(&o.verbose, "v", false, "print the output of the product too")
-	flag.Parse()
-
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	missed, err := run(ctx, o, *only)
-	os.Exit(report.Status(missed, *check, err))
+	b := &bench{warm: map[string]time.Duration{}}
+	flag.IntVar(&b.functions, "functions", 30, "fresh functions per language for the first request")
+	flag.IntVar(&b.idle, "idle", 100, "idle functions when memory is measured")
+	flag.DurationVar(&b.load, "load", 3*time.Second, "length of each throughput run")
+	flag.IntVar(&b.kills, "kills", 20, "requests per guest that is stopped at its deadline")
+	flag.IntVar(&b.burners, "burners", 0, "busy programs beside the guests that are stopped at their deadline")
+	flag.IntVar(&b.rounds, "rounds", 5, "turns of each compared pair")
+	flag.IntVar(&b.compute, "compute", 20, "work of the compute-bound guest per turn")
+	report.Main(b, sections, &b.verbose, 0)
 }
 
 var sections = []report.Section[*bench]{
@@ -74,33 +65,42 @@ type bench struct {
 	warm map[string]time.Duration
 }
 
-func run(ctx context.Context, o options, only string) (missed int, err error) {
-	dir, err := os.MkdirTemp("", "hearth-bench-")
+// SetUp starts the product.
+func (b *bench) SetUp(ctx context.Context) (err error) {
+	if b.dir, err = os.MkdirTemp("", "hearth-bench-"); err != nil {
+		return err
+	}
+	binary, err := harness.Binary(ctx, b.dir)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	defer os.RemoveAll(dir)
-	binary, err := harness.Binary(ctx, dir)
-	if err != nil {
-		return 0, err
-	}
-	b := &bench{options: o, dir: dir, warm: map[string]time.Duration{}}
-	if b.dev, err = b.start(ctx, binary, "main"); err != nil {
-		return 0, err
-	}
-	defer b.dev.KillAll()
-	begin, loadBefore := time.Now(), report.LoadAverage()
-	err = report.Run(ctx, b, sections, only)
-	if o.verbose {
-		fmt.Fprintln(os.Stderr, b.dev.Output())
-	}
-	if err != nil {
-		return 0, err
-	}
-	fmt.Printf("Hearth on %s/%s, %d CPUs, %s, took %v, load average %s before and %s after\n\n", runtime.GOOS, runtime.GOARCH,
-		runtime.NumCPU(), runtime.Version(), time.Since(begin).Round(time.Second), loadBefore, report.LoadAverage())
-	return b.table.Print(os.Stdout), nil
+	b.dev, err = b.start(ctx, binary, "main")
+	return err
 }
+
+// Dump writes the output of the product.
+func (b *bench) Dump(w io.Writer) {
+	if b.dev != nil {
+		fmt.Fprintln(w, b.dev.Output())
+	}
+}
+
+// Close ends the product and removes its data.
+func (b *bench) Close() error {
+	if b.dev != nil {
+		b.dev.KillAll()
+	}
+	if b.dir == "" {
+		return nil
+	}
+	return os.RemoveAll(b.dir)
+}
+
+// Title says on what was measured.
+func (b *bench) Title() string { return "Hearth on " + report.Machine() }
+
+// Rows are what was measured.
+func (b *bench) Rows() *report.Table { return &b.table }
 
 func (b *bench) start(ctx context.Context, binary, name string) (*harness.Dev, error) {
 	data, err := os.MkdirTemp(b.dir, name+"-")

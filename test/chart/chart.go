@@ -3,8 +3,10 @@
 package chart
 
 import (
+	"bytes"
 	"context"
 	"debug/elf"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -28,8 +30,10 @@ const (
 )
 
 // LoadImage gives every node an image of nodeagent: of the binary that
-// HEARTH_BINARY names, or of one it builds. It returns the binary's path.
-func LoadImage(ctx context.Context, c *cluster.Cluster) (agent string, err error) {
+// HEARTH_BINARY names, or of one it builds. It returns the binary's path. The
+// shipped image trusts Mozilla's authorities; this one trusts those that are
+// given, as PEM.
+func LoadImage(ctx context.Context, c *cluster.Cluster, authorities ...[]byte) (agent string, err error) {
 	if agent = os.Getenv("HEARTH_BINARY"); agent == "" {
 		if agent, err = cluster.GoBinary(ctx, "./cmd/nodeagent"); err != nil {
 			return "", err
@@ -38,7 +42,22 @@ func LoadImage(ctx context.Context, c *cluster.Cluster) (agent string, err error
 	if err := static(agent); err != nil {
 		return "", err
 	}
-	return agent, c.LoadBinaryImage(ctx, image+":"+tag, map[string]string{"/usr/bin/nodeagent": agent}, "/usr/bin/nodeagent")
+	files := map[string]string{"/usr/bin/nodeagent": agent}
+	if len(authorities) > 0 {
+		trusted, err := os.CreateTemp("", "hearth-authorities-")
+		if err != nil {
+			return "", err
+		}
+		defer os.Remove(trusted.Name())
+		if _, err := trusted.Write(bytes.Join(authorities, []byte("\n"))); err != nil {
+			return "", errors.Join(err, trusted.Close())
+		}
+		if err := errors.Join(trusted.Chmod(0o644), trusted.Close()); err != nil {
+			return "", err
+		}
+		files["/etc/ssl/certs/ca-certificates.crt"] = trusted.Name()
+	}
+	return agent, c.LoadBinaryImage(ctx, image+":"+tag, files, "/usr/bin/nodeagent")
 }
 
 // static refuses a program that needs libraries, which the image lacks: its

@@ -9,7 +9,7 @@
 //
 // The package owns every process, namespace, cgroup, link and file of its
 // clusters and removes them: at Close, and what a killed test left with the
-// next New. It imports nothing of Hearth.
+// next New. It imports nothing of Hearth but what other tests share.
 package cluster
 
 import (
@@ -20,7 +20,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -37,6 +36,10 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/hearth-sh/hearth/test/needs"
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -87,10 +90,10 @@ type Cluster struct {
 	dir     string // of this cluster; goes with it
 	pki     string
 	tools   string
-	slot    int
-	lock    *os.File // held while the cluster lives
-	names   []string // of the nodes, in the order of Options
-	cgroups *cgroups
+	place   *slot.Place // held while the cluster lives
+	slot    int         // its number
+	names   []string    // of the nodes, in the order of Options
+	cgroups *process.Cgroups
 	ca      *authority
 	options Options
 
@@ -104,9 +107,6 @@ type Cluster struct {
 	http    *http.Client
 	client  kubernetes.Interface
 	dynamic dynamic.Interface
-
-	watchdog     *exec.Cmd
-	watchdogPipe *os.File
 
 	mu         sync.Mutex // guards registries
 	registries []*Registry
@@ -124,21 +124,12 @@ func Start(tb testing.TB, options Options) *Cluster {
 	tb.Helper()
 	c, err := New(tb.Context(), options)
 	if err != nil {
-		if errors.Is(err, ErrCannotRun) && os.Getenv("CI") == "" {
-			tb.Skip(err)
+		if errors.Is(err, ErrCannotRun) {
+			needs.Missing(tb, "%v", err)
 		}
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() {
-		if tb.Failed() {
-			var logs strings.Builder
-			c.DumpLogs(&logs)
-			tb.Log(logs.String())
-		}
-		if err := c.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
+	slot.EndWith(tb, c)
 	return c
 }
 
@@ -192,9 +183,10 @@ func New(ctx context.Context, options Options) (*Cluster, error) {
 	if c.tools, err = Tools(ctx, progress); err != nil {
 		return nil, err
 	}
-	if err := c.acquire(ctx); err != nil {
-		return nil, err
+	if c.place, err = slot.Take(ctx, base, maxSlots, clean); err != nil {
+		return nil, fmt.Errorf("finding a place for a test cluster: %w", err)
 	}
+	c.slot, c.dir, c.pki = c.place.Number, c.place.Dir, filepath.Join(c.place.Dir, "pki")
 	bounded, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	if err := c.start(bounded); err != nil {
@@ -205,48 +197,15 @@ func New(ctx context.Context, options Options) (*Cluster, error) {
 	return c, nil
 }
 
-// acquire takes the first free slot and cleans every slot whose process is
-// gone: a lock is released by the kernel however its holder ended.
-func (c *Cluster) acquire(ctx context.Context) error {
-	if err := os.MkdirAll(base, 0o755); err != nil {
-		return err
-	}
-	for slot := range maxSlots {
-		lock, err := tryLock(filepath.Join(base, fmt.Sprintf("%d.lock", slot)))
-		if err != nil {
-			return err
-		}
-		if lock == nil {
-			continue // in use
-		}
-		dir := filepath.Join(base, fmt.Sprint(slot))
-		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-			if err := clean(ctx, slot); err != nil {
-				lock.Close()
-				return fmt.Errorf("cleaning what a killed test left: %w", err)
-			}
-		}
-		if c.lock != nil {
-			lock.Close()
-			continue
-		}
-		c.lock, c.slot, c.dir, c.pki = lock, slot, dir, filepath.Join(dir, "pki")
-	}
-	if c.lock == nil {
-		return fmt.Errorf("%d test clusters run on this machine already; stop some", maxSlots)
-	}
-	return nil
-}
-
 func slotName(slot int) string { return fmt.Sprintf("hearth%d", slot) }
 
 // clean ends and removes everything of a slot. The caller holds its lock.
 func clean(ctx context.Context, slot int) error {
-	groups, err := findCgroups(slotName(slot))
+	groups, err := process.FindCgroups(slotName(slot))
 	if err != nil {
 		return err
 	}
-	if err := groups.destroy(ctx); err != nil {
+	if err := groups.Destroy(ctx); err != nil {
 		return err
 	}
 	if err := removeNetwork(ctx, slot); err != nil {
@@ -264,17 +223,17 @@ func (c *Cluster) start(ctx context.Context) error {
 		}
 	}
 	var err error
-	if c.cgroups, err = findCgroups(slotName(c.slot)); err != nil {
+	if c.cgroups, err = process.FindCgroups(slotName(c.slot)); err != nil {
 		return err
 	}
 	// The directory is what says that a slot needs cleaning: it comes first.
 	if err := os.MkdirAll(c.pki, 0o700); err != nil {
 		return err
 	}
-	if err := c.cgroups.create(controlPlane); err != nil {
+	if err := c.daemonCgroups(controlPlane).Create(); err != nil {
 		return err
 	}
-	if err := c.startWatchdog(); err != nil {
+	if err := c.place.Watch(c.cgroups); err != nil {
 		return err
 	}
 	if err := c.writeControlPlane(); err != nil {
@@ -363,12 +322,12 @@ func (c *Cluster) close() error {
 	}
 	var err error
 	if c.cgroups != nil {
-		err = c.cgroups.destroy(ctx)
+		err = c.cgroups.Destroy(ctx)
 	}
 	for _, d := range c.daemons() {
 		d.kill()
 	}
-	c.stopWatchdog()
+	c.place.Unwatch()
 	if err == nil {
 		if os.Getenv(KeepEnv) != "" {
 			err = c.keep(ctx)
@@ -379,7 +338,7 @@ func (c *Cluster) close() error {
 	if err != nil {
 		err = fmt.Errorf("removing the test cluster: %w", err)
 	}
-	return errors.Join(err, c.lock.Close())
+	return errors.Join(err, c.place.Release())
 }
 
 // keep moves the files where no later cluster removes them.

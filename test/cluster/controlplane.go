@@ -78,7 +78,7 @@ func (c *Cluster) writeControlPlane() error {
 		return err
 	}
 	launch := filepath.Join(c.dir, "enter")
-	if err := launcher(launch, c.cgroups.daemonDirs(controlPlane)); err != nil {
+	if err := launcher(launch, c.daemonCgroups(controlPlane)); err != nil {
 		return err
 	}
 	program := func(name, path string, args ...string) *daemon {

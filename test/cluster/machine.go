@@ -9,17 +9,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
 	containerd "github.com/containerd/containerd/v2/client"
+
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 const (
@@ -124,33 +124,12 @@ func (m *Machine) Command(ctx context.Context, name string, args ...string) *exe
 }
 
 // Shell is a command line for a person that opens a shell on the machine.
-func (m *Machine) Shell() string { return quote(m.launch) + " sh" }
+func (m *Machine) Shell() string { return process.Quote(m.launch) + " sh" }
 
 // InNetNS calls do on a thread that is in the machine's network namespace:
 // connections that do itself opens are the machine's; goroutines that it
 // starts are not, and neither are names resolved by Go's resolver.
-func (m *Machine) InNetNS(do func() error) error { return inNetNS(m.NetNS, do) }
-
-func inNetNS(path string, do func() error) error {
-	failed := make(chan error, 1)
-	go func() {
-		// The thread is never unlocked: it ends with the goroutine instead of
-		// carrying the namespace to others.
-		runtime.LockOSThread()
-		failed <- func() error {
-			file, err := os.Open(path)
-			if err != nil {
-				return err
-			}
-			defer file.Close()
-			if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("entering network namespace %s: %w", path, err)
-			}
-			return do()
-		}()
-	}()
-	return <-failed
-}
+func (m *Machine) InNetNS(do func() error) error { return process.InNetNS(m.NetNS, do) }
 
 // env is what every process of the machine has beside this one's environment.
 func (m *Machine) env() []string {
@@ -310,16 +289,16 @@ mount --make-rshared /
 echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >"$machine/ready"
 exec sleep infinity
-`, quote(m.Dir), quote(m.Name), quote(m.cluster.tools))
+`, process.Quote(m.Dir), process.Quote(m.Name), process.Quote(m.cluster.tools))
 }
 
 // hold makes the namespaces.
 func (m *Machine) hold(ctx context.Context) error {
-	if err := m.cluster.cgroups.create(m.Name); err != nil {
+	if err := m.cluster.daemonCgroups(m.Name).Create(); err != nil {
 		return err
 	}
 	into := filepath.Join(m.Dir, "hold")
-	if err := launcher(into, m.cluster.cgroups.daemonDirs(m.Name),
+	if err := launcher(into, m.cluster.daemonCgroups(m.Name),
 		"nsenter", "--net="+m.NetNS, "unshare", "--mount", "--uts", "--propagation", "slave", "sh", filepath.Join(m.Dir, "holder.sh")); err != nil {
 		return err
 	}
@@ -338,7 +317,7 @@ func (m *Machine) hold(ctx context.Context) error {
 		return err
 	}
 	ns := fmt.Sprintf("/proc/%d/ns/", m.holder.pid())
-	return launcher(m.launch, m.cluster.cgroups.daemonDirs(m.Name), "nsenter", "--net="+ns+"net", "--uts="+ns+"uts", "--mount="+ns+"mnt", "--")
+	return launcher(m.launch, m.cluster.daemonCgroups(m.Name), "nsenter", "--net="+ns+"net", "--uts="+ns+"uts", "--mount="+ns+"mnt", "--")
 }
 
 func (m *Machine) logPath(name string) string { return filepath.Join(m.Dir, "logs", name+".log") }
@@ -462,7 +441,7 @@ func (m *Machine) kubeletConfig() map[string]any {
 		"containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
 		"cgroupDriver":             "cgroupfs",
 		// Two kubelets with one root would clean up each other's pods.
-		"cgroupRoot":    m.cluster.cgroups.root(m.Name),
+		"cgroupRoot":    m.cluster.cgroups.Below(m.Name).Path(),
 		"failCgroupV1":  false,
 		"failSwapOn":    false,
 		"oomScoreAdj":   0, // lowering it needs CAP_SYS_RESOURCE
@@ -525,46 +504,6 @@ func copyFile(to, from string) error {
 	return errors.Join(err, target.Close())
 }
 
-// watchdog is a process that outlives a killed test and ends what the test
-// started: it reads from a pipe that only this process holds, and the kernel
-// closes that however this process ends. What is left then (files, empty
-// cgroups, names of namespaces) costs nothing and goes with the next cluster.
-func (c *Cluster) startWatchdog() error {
-	var script strings.Builder
-	script.WriteString("read -r line || true\nfor round in 1 2 3 4 5 6 7 8 9 10; do\n\tliving=\n")
-	for _, mount := range c.cgroups.mounts {
-		fmt.Fprintf(&script, "\tfor pid in $(find %s -name cgroup.procs -exec cat {} + 2>/dev/null); do living=$pid; kill -9 \"$pid\" 2>/dev/null || true; done\n",
-			quote(filepath.Join(mount, c.cgroups.name)))
-	}
-	script.WriteString("\t[ -n \"$living\" ] || exit 0\n\tsleep 0.2\ndone\n")
-	read, write, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer read.Close()
-	cmd := exec.Command("sh", "-c", script.String())
-	cmd.Stdin = read
-	// The slot's lock is held until this process has ended as well: it kills
-	// whatever is in the slot's cgroups, which must not be the next cluster.
-	cmd.ExtraFiles = []*os.File{c.lock}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		write.Close()
-		return fmt.Errorf("starting the cluster's watchdog: %w", err)
-	}
-	c.watchdog, c.watchdogPipe = cmd, write
-	return nil
-}
-
-func (c *Cluster) stopWatchdog() {
-	if c.watchdog == nil {
-		return
-	}
-	c.watchdogPipe.Close()
-	_ = c.watchdog.Wait() // finds nothing and ends; ten short rounds at most
-	c.watchdog = nil
-}
-
 // dumpLogs writes the end of every log of one directory.
 func dumpLogs(w io.Writer, title, dir string) {
 	entries, err := os.ReadDir(dir)
@@ -572,7 +511,7 @@ func dumpLogs(w io.Writer, title, dir string) {
 		return
 	}
 	for _, entry := range entries {
-		text := tailFile(filepath.Join(dir, entry.Name()), logTail)
+		text := process.TailFile(filepath.Join(dir, entry.Name()), logTail)
 		fmt.Fprintf(w, "--- %s/%s\n%s\n", title, entry.Name(), bytes.TrimSpace([]byte(text)))
 	}
 }

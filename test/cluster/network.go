@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"strings"
+
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 // Addresses come from 198.18.0.0/15, which RFC 2544 sets aside for tests of
@@ -75,7 +77,7 @@ func makeNetwork(ctx context.Context, slot int, nodes []string) error {
 		}
 	}
 	for _, step := range steps {
-		if err := command(ctx, "ip", step...); err != nil {
+		if _, err := process.Output(ctx, "ip", step...); err != nil {
 			return fmt.Errorf("joining the nodes by a network: %w", err)
 		}
 	}
@@ -84,7 +86,7 @@ func makeNetwork(ctx context.Context, slot int, nodes []string) error {
 
 // networkNamespaces lists those of a slot that exist.
 func networkNamespaces(ctx context.Context, slot int) ([]string, error) {
-	list, err := output(ctx, "ip", "netns", "list")
+	list, err := process.Output(ctx, "ip", "netns", "list")
 	if err != nil {
 		return nil, err
 	}
@@ -103,8 +105,8 @@ func networkNamespaces(ctx context.Context, slot int) ([]string, error) {
 func removeNetwork(ctx context.Context, slot int) error {
 	// The end on this machine first: a namespace may live on for a moment in
 	// processes that are being killed.
-	if err := command(ctx, "ip", "link", "show", hostLink(slot)); err == nil {
-		if err := command(ctx, "ip", "link", "delete", hostLink(slot)); err != nil {
+	if _, err := process.Output(ctx, "ip", "link", "show", hostLink(slot)); err == nil {
+		if _, err := process.Output(ctx, "ip", "link", "delete", hostLink(slot)); err != nil {
 			return err
 		}
 	}
@@ -113,7 +115,7 @@ func removeNetwork(ctx context.Context, slot int) error {
 		return err
 	}
 	for _, name := range names {
-		if err := command(ctx, "ip", "netns", "delete", name); err != nil {
+		if _, err := process.Output(ctx, "ip", "netns", "delete", name); err != nil {
 			return err
 		}
 	}

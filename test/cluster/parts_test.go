@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -12,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 // testSlot is not taken by clusters unless fifteen others run.
@@ -26,9 +30,11 @@ func reserve(t *testing.T) {
 	if err := os.MkdirAll(base, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	lock, err := tryLock(filepath.Join(base, "15.lock"))
-	if err != nil || lock == nil {
-		t.Skipf("slot %d is in use: %v", testSlot, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	lock, err := slot.Lock(ctx, filepath.Join(base, fmt.Sprintf("%d.lock", testSlot)))
+	if err != nil {
+		t.Fatalf("slot %d is in use: %v", testSlot, err)
 	}
 	t.Cleanup(func() {
 		if err := clean(context.Background(), testSlot); err != nil {
@@ -40,17 +46,17 @@ func reserve(t *testing.T) {
 
 func TestCgroupsHoldAndEndProcesses(t *testing.T) {
 	reserve(t)
-	groups, err := findCgroups(slotName(testSlot))
+	groups, err := process.FindCgroups(slotName(testSlot))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // making one that exists is no error
-		if err := groups.create("node-x"); err != nil {
+		if err := groups.Below("node-x", "daemons").Create(); err != nil {
 			t.Fatal(err)
 		}
 	}
 	launch := filepath.Join(t.TempDir(), "enter")
-	if err := launcher(launch, groups.daemonDirs("node-x")); err != nil {
+	if err := launcher(launch, groups.Below("node-x", "daemons")); err != nil {
 		t.Fatal(err)
 	}
 	d := &daemon{name: "sleep", log: filepath.Join(t.TempDir(), "log"), argv: []string{launch, "sh", "-c", "sleep 1000 & sleep 1000"}}
@@ -58,20 +64,20 @@ func TestCgroupsHoldAndEndProcesses(t *testing.T) {
 		t.Fatal(err)
 	}
 	deadline := time.Now().Add(10 * time.Second)
-	for len(groups.processes()) < 3 && time.Now().Before(deadline) {
-		time.Sleep(killPoll)
+	for len(groups.Processes()) < 3 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
 	}
-	if got := groups.processes(); len(got) != 3 || !slices.Contains(got, d.pid()) {
+	if got := groups.Processes(); len(got) != 3 || !slices.Contains(got, d.pid()) {
 		t.Errorf("the cgroups hold processes %v, want three, %d among them", got, d.pid())
 	}
-	if err := groups.destroy(t.Context()); err != nil {
+	if err := groups.Destroy(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	<-d.done
 	if err := d.exited(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("a killed daemon is reported as: %v", err)
 	}
-	if left := groups.roots(); len(left) > 0 {
+	if left := groups.Existing(); len(left) > 0 {
 		t.Errorf("cgroups are left: %v", left)
 	}
 }
@@ -97,7 +103,7 @@ func TestNodesAreJoinedByANetwork(t *testing.T) {
 		}
 		run := dial
 		if from != "" {
-			run = func() error { return inNetNS(netnsPath(nodeNS(testSlot, from)), dial) }
+			run = func() error { return process.InNetNS(netnsPath(nodeNS(testSlot, from)), dial) }
 		}
 		if err := run(); err != nil {
 			t.Errorf("from %q to %s: %v", from, to, err)
@@ -148,23 +154,10 @@ func TestVersionsComeFromTheToolsModules(t *testing.T) {
 	}
 }
 
-func TestTheEndOfALog(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "log")
-	if got := tailFile(path, 3); !strings.Contains(got, "no such file") {
-		t.Errorf("missing: %q", got)
-	}
-	if err := os.WriteFile(path, []byte(strings.Repeat("x", 2*logTailBytes)+"\na\nb\nc\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if got := tailFile(path, 2); got != "b\nc" {
-		t.Errorf("got %q", got)
-	}
-}
-
 func TestADaemonIsRespawnedUntilItIsStopped(t *testing.T) {
 	dir := t.TempDir()
 	runs := filepath.Join(dir, "runs")
-	d := &daemon{name: "flaky", log: filepath.Join(dir, "log"), respawn: true, argv: []string{"sh", "-c", "echo run >>" + quote(runs) + "; [ $(wc -l <" + quote(runs) + ") -ge 2 ] && exec sleep 1000; exit 7"}}
+	d := &daemon{name: "flaky", log: filepath.Join(dir, "log"), respawn: true, argv: []string{"sh", "-c", "echo run >>" + process.Quote(runs) + "; [ $(wc -l <" + process.Quote(runs) + ") -ge 2 ] && exec sleep 1000; exit 7"}}
 	if err := d.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +170,7 @@ func TestADaemonIsRespawnedUntilItIsStopped(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("it was not started again: %q", content)
 		}
-		time.Sleep(killPoll)
+		time.Sleep(10 * time.Millisecond)
 	}
 	if err := d.exited(); err != nil {
 		t.Errorf("it runs: %v", err)

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 const (
@@ -23,8 +25,6 @@ const (
 	maxRespawns = 10
 	// logTail is how many lines of every log a failed test shows.
 	logTail = 40
-	// logTailBytes bounds what is read of a log for that.
-	logTailBytes = 64 << 10
 )
 
 // daemon is one program of the cluster that can be stopped and started again.
@@ -198,7 +198,7 @@ func (d *daemon) exited() error {
 	if d.cmd == nil || d.retiring {
 		return nil
 	}
-	return fmt.Errorf("%s ended (%w); the end of its log:\n%s", d.name, errOr(d.err, errors.New("exit status 0")), tailFile(d.log, 15))
+	return fmt.Errorf("%s ended (%w); the end of its log:\n%s", d.name, errOr(d.err, errors.New("exit status 0")), process.TailFile(d.log, 15))
 }
 
 func errOr(err, otherwise error) error {
@@ -208,38 +208,24 @@ func errOr(err, otherwise error) error {
 	return otherwise
 }
 
-// tailFile returns the last lines of a log, or why it cannot be read.
-func tailFile(path string, lines int) string {
-	file, err := os.Open(path)
-	if err != nil {
-		return err.Error()
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		return err.Error()
-	}
-	offset := max(0, info.Size()-logTailBytes)
-	content := make([]byte, info.Size()-offset)
-	n, err := file.ReadAt(content, offset)
-	if n == 0 && err != nil {
-		return "(empty)"
-	}
-	return tail(content[:n], lines)
+// daemonCgroups are those of what runs for a node or the control plane beside
+// pods: a leaf, because version 2 wants processes in leaves only.
+func (c *Cluster) daemonCgroups(group string) *process.Cgroups {
+	return c.cgroups.Below(group, "daemons")
 }
 
 // launcher writes a script that joins cgroups and namespaces and becomes its
 // arguments. A script, because a Go program cannot move itself between
 // namespaces of mounts: its threads share one.
-func launcher(path string, cgroupDirs []string, enter ...string) error {
+func launcher(path string, cgroups *process.Cgroups, enter ...string) error {
 	var b strings.Builder
 	b.WriteString("#!/bin/sh\n# Joins the cgroups and namespaces of one machine of a test cluster, then becomes \"$@\".\nset -eu\n")
-	for _, dir := range cgroupDirs {
-		fmt.Fprintf(&b, "echo $$ >%s\n", quote(filepath.Join(dir, "cgroup.procs")))
+	for _, dir := range cgroups.Dirs() {
+		fmt.Fprintf(&b, "echo $$ >%s\n", process.Quote(filepath.Join(dir, "cgroup.procs")))
 	}
 	b.WriteString("exec")
 	for _, word := range enter {
-		b.WriteString(" " + quote(word))
+		b.WriteString(" " + process.Quote(word))
 	}
 	b.WriteString(" \"$@\"\n")
 	// A child forked while the file is open for writing would hold it so until
@@ -247,24 +233,4 @@ func launcher(path string, cgroupDirs []string, enter ...string) error {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
 	return os.WriteFile(path, []byte(b.String()), 0o755)
-}
-
-// quote makes one word for the shell.
-func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
-
-// command runs one short program of this machine and returns an error that
-// holds what it said.
-func command(ctx context.Context, name string, args ...string) error {
-	_, err := output(ctx, name, args...)
-	return err
-}
-
-func output(ctx context.Context, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = time.Second
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
-	}
-	return string(out), nil
 }

@@ -35,8 +35,9 @@ type Registry struct {
 	// Log is the path of its log, one line per request.
 	Log string
 
-	cluster *Cluster
-	daemon  *daemon
+	cluster  *Cluster
+	daemon   *daemon
+	htpasswd string
 }
 
 // Registry runs a registry and tells every node's containerd that it speaks
@@ -56,14 +57,7 @@ func (c *Cluster) Registry(ctx context.Context, options RegistryOptions) (*Regis
 	host := net.JoinHostPort(c.HostIP(), strconv.Itoa(firstRegistryPort+number))
 	config := fmt.Sprintf("version: 0.1\nlog: {level: info, accesslog: {disabled: false}}\nstorage: {filesystem: {rootdirectory: %s/data}, delete: {enabled: true}}\nhttp: {addr: %q, secret: test}\n", dir, host)
 	if options.User != "" {
-		// -i reads the password from standard input: arguments are public.
-		cmd := exec.CommandContext(ctx, "htpasswd", "-Bin", options.User)
-		cmd.Stdin = strings.NewReader(options.Password)
-		entry, err := cmd.Output()
-		if err != nil {
-			return nil, fmt.Errorf("hashing the registry's password (htpasswd is in apache2-utils; run test/install-deps.sh): %w", err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, "htpasswd"), []byte(strings.TrimSpace(string(entry))+"\n"), 0o600); err != nil {
+		if err := writeUsers(ctx, filepath.Join(dir, "htpasswd"), map[string]string{options.User: options.Password}); err != nil {
 			return nil, err
 		}
 		config += fmt.Sprintf("auth: {htpasswd: {realm: test, path: %s/htpasswd}}\n", dir)
@@ -82,10 +76,33 @@ func (c *Cluster) Registry(ctx context.Context, options RegistryOptions) (*Regis
 		}
 	}
 	name := "registry-" + strconv.Itoa(number)
-	r := &Registry{Host: host, cluster: c, Log: filepath.Join(c.dir, "logs", name+".log")}
+	r := &Registry{Host: host, cluster: c, Log: filepath.Join(c.dir, "logs", name+".log"), htpasswd: filepath.Join(dir, "htpasswd")}
 	r.daemon = &daemon{name: name, log: r.Log, argv: []string{filepath.Join(c.dir, "enter"), binary, "serve", filepath.Join(dir, "config.yml")}}
 	c.registries = append(c.registries, r)
 	return r, r.Start(ctx)
+}
+
+// Admit lets in these users (passwords by name) from now on, and no others. The
+// registry must have been started with one.
+func (r *Registry) Admit(ctx context.Context, users map[string]string) error {
+	return writeUsers(ctx, r.htpasswd, users)
+}
+
+// writeUsers writes the file of passwords, which the registry reads again when
+// it changes.
+func writeUsers(ctx context.Context, file string, users map[string]string) error {
+	var entries strings.Builder
+	for user, password := range users {
+		// -i reads the password from standard input: arguments are public.
+		cmd := exec.CommandContext(ctx, "htpasswd", "-Bin", user)
+		cmd.Stdin = strings.NewReader(password)
+		entry, err := cmd.Output()
+		if err != nil {
+			return fmt.Errorf("hashing the registry's password (htpasswd is in apache2-utils; run test/install-deps.sh): %w", err)
+		}
+		entries.WriteString(strings.TrimSpace(string(entry)) + "\n")
+	}
+	return os.WriteFile(file, []byte(entries.String()), 0o600)
 }
 
 // Start starts the registry, when it is stopped, and waits until it answers.

@@ -17,7 +17,9 @@ import (
 	"time"
 
 	"golang.org/x/mod/modfile"
-	"golang.org/x/sys/unix"
+
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -28,8 +30,6 @@ const (
 	goBuildTimeout = 10 * time.Minute
 	// lockTimeout is how long to wait for another process that builds.
 	lockTimeout = buildTimeout + time.Minute
-	// lockPoll is between two tries of a file lock, which has no event.
-	lockPoll = 200 * time.Millisecond
 	// recipe is part of the cache key: raise it when the build flags change.
 	recipe = "1"
 )
@@ -38,7 +38,7 @@ const (
 // directives there name them.
 var programs = map[string][]string{
 	"containerd": {"containerd", "containerd-shim-runc-v2", "ctr"},
-	"kubernetes": {"kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubelet"},
+	"kubernetes": {"kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubectl", "kubelet", "metrics-server"},
 }
 
 // Tools returns a directory that holds the static programs of Kubernetes and
@@ -47,6 +47,12 @@ var programs = map[string][]string{
 // those modules' files and the architecture; processes that ask at the same
 // time build once. What is going on is written to progress, which may be nil.
 func Tools(ctx context.Context, progress io.Writer) (string, error) {
+	return buildOnce(ctx, programs, "seven", progress)
+}
+
+// buildOnce is Tools for some modules; minutes is what they take when nothing
+// is cached.
+func buildOnce(ctx context.Context, programs map[string][]string, minutes string, progress io.Writer) (string, error) {
 	if progress == nil {
 		progress = io.Discard
 	}
@@ -70,25 +76,19 @@ func Tools(ctx context.Context, progress io.Writer) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(cache, hex.EncodeToString(key.Sum(nil))[:24])
-	if complete(dir) == nil {
+	if complete(dir, programs) == nil {
 		return dir, nil
 	}
 
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	fmt.Fprintln(progress, "cluster: its programs are not built yet; waiting for the lock on their cache")
-	lock, err := lockFile(ctx, dir+".lock")
-	if err != nil {
-		return "", fmt.Errorf("waiting for another process that builds the cluster's programs: %w", err)
-	}
-	defer lock.Close()
-	if complete(dir) == nil {
-		return dir, nil
-	}
-	return dir, buildTools(ctx, filepath.Join(root, "test", "tools"), dir, progress)
+	return dir, slot.Once(ctx, dir, func() bool { return complete(dir, programs) == nil }, func() error {
+		return buildTools(ctx, filepath.Join(root, "test", "tools"), dir, programs, minutes, progress)
+	})
 }
 
-func buildTools(ctx context.Context, modules, dir string, progress io.Writer) error {
+func buildTools(ctx context.Context, modules, dir string, programs map[string][]string, minutes string, progress io.Writer) error {
 	temp, err := os.MkdirTemp(filepath.Dir(dir), "build-")
 	if err != nil {
 		return err
@@ -98,7 +98,7 @@ func buildTools(ctx context.Context, modules, dir string, progress io.Writer) er
 	defer cancel()
 	for _, module := range slices.Sorted(maps.Keys(programs)) {
 		start := time.Now()
-		fmt.Fprintf(progress, "cluster: building %s; some seven minutes for all when nothing is cached\n", strings.Join(programs[module], ", "))
+		fmt.Fprintf(progress, "cluster: building %s; some %s minutes for all when nothing is cached\n", strings.Join(programs[module], ", "), minutes)
 		flags, err := versionFlags(filepath.Join(modules, module, "go.mod"))
 		if err != nil {
 			return err
@@ -109,11 +109,11 @@ func buildTools(ctx context.Context, modules, dir string, progress io.Writer) er
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off", "GOOS=linux")
 		cmd.WaitDelay = 10 * time.Second
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("building the programs of test/tools/%s: %w\n%s", module, err, tail(out, 30))
+			return fmt.Errorf("building the programs of test/tools/%s: %w\n%s", module, err, process.Tail(out, 30))
 		}
 		fmt.Fprintf(progress, "cluster: built in %s\n", time.Since(start).Round(time.Second))
 	}
-	if err := complete(temp); err != nil {
+	if err := complete(temp, programs); err != nil {
 		return fmt.Errorf("a tool directive is missing in test/tools: %w", err)
 	}
 	if err := os.Chmod(temp, 0o755); err != nil {
@@ -172,7 +172,7 @@ func requiredVersion(gomod []byte, module string) (string, error) {
 }
 
 // complete returns an error that names a program that dir lacks.
-func complete(dir string) error {
+func complete(dir string, programs map[string][]string) error {
 	for _, names := range programs {
 		for _, name := range names {
 			if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
@@ -215,7 +215,7 @@ func GoBinary(ctx context.Context, pkg string) (string, error) {
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOOS=linux")
 	cmd.WaitDelay = 10 * time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building %s: %w\n%s", pkg, err, tail(out, 30))
+		return "", fmt.Errorf("building %s: %w\n%s", pkg, err, process.Tail(out, 30))
 	}
 	path := filepath.Join(dir, name)
 	if err := os.Rename(filepath.Join(temp, name), path); err != nil {
@@ -244,48 +244,4 @@ func cacheDir(name string) (string, error) {
 	}
 	dir := filepath.Join(user, "hearth", name)
 	return dir, os.MkdirAll(dir, 0o755)
-}
-
-// lockFile takes an exclusive lock that the kernel releases with the process.
-// The file stays: removing it would let two processes lock two inodes.
-func lockFile(ctx context.Context, path string) (*os.File, error) {
-	for {
-		file, err := tryLock(path)
-		if err != nil || file != nil {
-			return file, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(lockPoll):
-		}
-	}
-}
-
-// tryLock returns nil and no error when another process holds the lock.
-func tryLock(path string) (*os.File, error) {
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err == nil {
-		return file, nil
-	}
-	file.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, nil
-	}
-	return nil, fmt.Errorf("locking %s: %w", path, err)
-}
-
-// tail returns the last lines of text.
-func tail(text []byte, lines int) string {
-	all := strings.Split(strings.TrimRight(string(text), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }

@@ -20,6 +20,9 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -59,26 +62,18 @@ func TraefikBinary(ctx context.Context, progress io.Writer) (string, error) {
 		return "", err
 	}
 	binary := filepath.Join(cache, hex.EncodeToString(key.Sum(nil))[:24])
-	if _, err := os.Stat(binary); err == nil {
-		return binary, nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
-	lock, err := lockFile(ctx, binary+".lock")
-	if err != nil {
-		return "", fmt.Errorf("waiting for another process that builds Traefik: %w", err)
-	}
-	defer lock.Close()
-	if _, err := os.Stat(binary); err == nil {
-		return binary, nil
-	}
-	start := time.Now()
-	fmt.Fprintln(progress, "cluster: building Traefik; some five minutes when nothing is cached")
-	if err := buildTraefik(ctx, module, binary); err != nil {
-		return "", err
-	}
-	fmt.Fprintf(progress, "cluster: built in %s\n", time.Since(start).Round(time.Second))
-	return binary, nil
+	made := func() bool { _, err := os.Stat(binary); return err == nil }
+	return binary, slot.Once(ctx, binary, made, func() error {
+		start := time.Now()
+		fmt.Fprintln(progress, "cluster: building Traefik; some five minutes when nothing is cached")
+		if err := buildTraefik(ctx, module, binary); err != nil {
+			return err
+		}
+		fmt.Fprintf(progress, "cluster: built in %s\n", time.Since(start).Round(time.Second))
+		return nil
+	})
 }
 
 func buildTraefik(ctx context.Context, module fs.FS, binary string) error {
@@ -97,7 +92,7 @@ func buildTraefik(ctx context.Context, module fs.FS, binary string) error {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off", "GOOS=linux")
 		out, err := cmd.Output()
 		if err != nil {
-			return nil, fmt.Errorf("building Traefik: go %s: %w\n%s", args[0], err, tail([]byte(stderr.String()), 30))
+			return nil, fmt.Errorf("building Traefik: go %s: %w\n%s", args[0], err, process.Tail([]byte(stderr.String()), 30))
 		}
 		return out, nil
 	}

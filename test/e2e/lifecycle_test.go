@@ -19,6 +19,7 @@ import (
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/test/guests"
 	"github.com/hearth-sh/hearth/test/harness"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // stopBound is how long Ctrl-C may take: seconds, on a slow machine too.
@@ -303,24 +304,8 @@ func TestSecondDevOnOneDataDirectoryIsRefused(t *testing.T) {
 }
 
 func TestFullDiskIsSaidClearlyAndPasses(t *testing.T) {
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root: a small file system is mounted as data directory to fill it")
-		}
-		t.Skip("needs root: a small file system is mounted as data directory to fill it")
-	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64m,mode=0755"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("needs to mount a small tmpfs: %v", err)
-		}
-		t.Skipf("needs to mount a small tmpfs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	needs.Tmpfs(t, dir, "size=64m,mode=0755")
 	d := start(t, harness.Options{DataDir: dir})
 	d.submit("before-full", marked(t, "before"), "")
 

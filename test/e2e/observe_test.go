@@ -281,3 +281,22 @@ func TestSecretsReachTheGuestAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func TestFunctionsAnswerNoMoreThanTheirQuotaAndTheAPIGoesOn(t *testing.T) {
+	d := start(t, harness.Options{Args: []string{"--quota-invocations", "0.001"}}) // one, and the next in a quarter of an hour
+	d.submit("limited", guests.Read(t, "hello"), "")
+	d.submit("same-tenant", guests.Read(t, "hello"), "")
+	if a := d.get(d.PathURL("limited", "/")); a.Status != http.StatusOK {
+		t.Fatalf("%d %s", a.Status, a.Body)
+	}
+	a := d.get(d.PathURL("same-tenant", "/"))
+	if p := d.problem(a, http.StatusTooManyRequests, "too-many-invocations"); !p.Retryable || a.Header.Get("Retry-After") == "" {
+		t.Error(a)
+	}
+	// Control paths are nobody's invocations.
+	for _, path := range []string{"/v1/functions", "/livez", "/readyz", "/metrics", "/openapi.json"} {
+		if a := d.get(d.URL + path); a.Status != http.StatusOK {
+			t.Errorf("%s: %d %s", path, a.Status, a.Body)
+		}
+	}
+}

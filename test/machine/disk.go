@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 const (
@@ -37,7 +39,7 @@ func (m *Machine) makeDisk(ctx context.Context) error {
 	if err := errors.Join(file.Truncate(m.spec.Disk), file.Close()); err != nil {
 		return err
 	}
-	if _, err := output(ctx, "mkfs.ext4", "-q", image); err != nil {
+	if _, err := process.Output(ctx, "mkfs.ext4", "-q", image); err != nil {
 		return fmt.Errorf("making the disk of %s: %w", m.Name, err)
 	}
 	return nil
@@ -89,7 +91,7 @@ func (m *Machine) CutPower(ctx context.Context) error {
 // ended stays so until its last mount is gone, and the kernel takes its time.
 func (m *Machine) awaitDetached(ctx context.Context) error {
 	return m.WaitFor(ctx, "its disk to be free", func(ctx context.Context) (bool, error) {
-		out, err := output(ctx, "losetup", "--associated", m.DiskImage())
+		out, err := process.Output(ctx, "losetup", "--associated", m.DiskImage())
 		return strings.TrimSpace(out) == "", err
 	})
 }
@@ -103,10 +105,10 @@ func (m *Machine) CheckDisk(ctx context.Context) error {
 		return err
 	}
 	// Exit code 1 is "errors corrected", and a replayed journal is one to it.
-	if out, err := output(ctx, "e2fsck", "-fp", copied); err != nil && !strings.Contains(err.Error(), "exit status 1:") {
+	if out, err := process.Output(ctx, "e2fsck", "-fp", copied); err != nil && !strings.Contains(err.Error(), "exit status 1:") {
 		return fmt.Errorf("the disk of %s: %w %s", m.Name, err, out)
 	}
-	if _, err := output(ctx, "e2fsck", "-fn", copied); err != nil {
+	if _, err := process.Output(ctx, "e2fsck", "-fn", copied); err != nil {
 		return fmt.Errorf("the disk of %s after recovery: %w", m.Name, err)
 	}
 	return nil
@@ -123,7 +125,7 @@ func (m *Machine) SaveDisk(ctx context.Context, to string) error {
 	if err := m.awaitDetached(ctx); err != nil {
 		return err
 	}
-	_, err := output(ctx, "cp", "--sparse=always", "--reflink=auto", m.DiskImage(), to)
+	_, err := process.Output(ctx, "cp", "--sparse=always", "--reflink=auto", m.DiskImage(), to)
 	return err
 }
 
@@ -138,6 +140,6 @@ func (m *Machine) RestoreDisk(ctx context.Context, from string) error {
 	if err := m.awaitDetached(ctx); err != nil {
 		return err
 	}
-	_, err := output(ctx, "cp", "--sparse=always", "--reflink=auto", from, m.DiskImage())
+	_, err := process.Output(ctx, "cp", "--sparse=always", "--reflink=auto", from, m.DiskImage())
 	return err
 }

@@ -9,13 +9,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/hearth-sh/hearth/internal/imds/imdstest"
+	"github.com/hearth-sh/hearth/test/needs"
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -43,14 +44,12 @@ type Options struct {
 // Network is a bridge with machines on it. Its methods may be called at the
 // same time.
 type Network struct {
-	dir  string // goes with the network
-	slot int
-	lock *os.File // held while the network lives
-	root string   // the machine image
-	out  io.Writer
-
-	watchdog     *exec.Cmd
-	watchdogPipe *os.File
+	dir     string           // goes with the network
+	cgroups *process.Cgroups // every process of the network is below
+	place   *slot.Place      // held while the network lives
+	slot    int              // its number
+	root    string           // the machine image
+	out     io.Writer
 
 	mu       sync.Mutex // guards machines
 	machines []*Machine // in the order of their numbers, never shorter
@@ -67,21 +66,12 @@ func Start(tb testing.TB, options Options) *Network {
 	tb.Helper()
 	n, err := New(tb.Context(), options)
 	if err != nil {
-		if errors.Is(err, ErrCannotRun) && os.Getenv("CI") == "" {
-			tb.Skip(err)
+		if errors.Is(err, ErrCannotRun) {
+			needs.Missing(tb, "%v", err)
 		}
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() {
-		if tb.Failed() {
-			var logs strings.Builder
-			n.DumpLogs(&logs)
-			tb.Log(logs.String())
-		}
-		if err := n.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
+	slot.EndWith(tb, n)
 	return n
 }
 
@@ -113,57 +103,28 @@ func New(ctx context.Context, options Options) (*Network, error) {
 	if n.root, err = Root(ctx, n.out); err != nil {
 		return nil, err
 	}
-	if err := n.acquire(ctx); err != nil {
-		return nil, err
+	if n.place, err = slot.Take(ctx, base, maxSlots, clean); err != nil {
+		return nil, fmt.Errorf("finding a place for a network of test machines: %w", err)
 	}
+	n.slot, n.dir = n.place.Number, n.place.Dir
 	if err := n.prepare(ctx); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
 	return n, nil
 }
 
-// acquire takes the first free slot and cleans every slot whose process is
-// gone: a lock is released by the kernel however its holder ended.
-func (n *Network) acquire(ctx context.Context) error {
-	if err := os.MkdirAll(base, 0o755); err != nil {
-		return err
-	}
-	for slot := range maxSlots {
-		lock, err := tryLock(filepath.Join(base, fmt.Sprintf("%d.lock", slot)))
-		if err != nil {
-			return err
-		}
-		if lock == nil {
-			continue // in use
-		}
-		dir := filepath.Join(base, fmt.Sprint(slot))
-		if exists(dir) {
-			if err := clean(ctx, slot); err != nil {
-				lock.Close()
-				return fmt.Errorf("cleaning what a killed test left: %w", err)
-			}
-		}
-		if n.lock != nil {
-			lock.Close()
-			continue
-		}
-		n.lock, n.slot, n.dir = lock, slot, dir
-	}
-	if n.lock == nil {
-		return fmt.Errorf("%d networks of test machines exist already; stop some", maxSlots)
-	}
-	return nil
+// slotCgroups hold every process of a slot.
+func slotCgroups(slot int) (*process.Cgroups, error) {
+	return process.FindCgroups(fmt.Sprintf("hearthm%d", slot))
 }
-
-func slotGroup(slot int) (*group, error) { return newGroup(fmt.Sprintf("hearthm%d", slot)) }
 
 // clean ends and removes everything of a slot. The caller holds its lock.
 func clean(ctx context.Context, slot int) error {
-	g, err := slotGroup(slot)
+	g, err := slotCgroups(slot)
 	if err != nil {
 		return err
 	}
-	if err := g.destroy(ctx); err != nil {
+	if err := g.Destroy(ctx); err != nil {
 		return err
 	}
 	if err := removeLAN(ctx, slot); err != nil {
@@ -179,7 +140,11 @@ func (n *Network) prepare(ctx context.Context) error {
 	if err := os.MkdirAll(n.dir, 0o755); err != nil {
 		return err
 	}
-	if err := n.startWatchdog(); err != nil {
+	var err error
+	if n.cgroups, err = slotCgroups(n.slot); err != nil {
+		return err
+	}
+	if err := n.place.Watch(n.cgroups); err != nil {
 		return err
 	}
 	return makeLAN(ctx, n.slot)
@@ -198,20 +163,19 @@ func (n *Network) close() error {
 	for _, m := range n.all() {
 		errs = append(errs, m.end(ctx))
 	}
-	n.stopWatchdog()
+	n.place.Unwatch()
 	if os.Getenv(KeepEnv) != "" {
 		kept := filepath.Join(base, fmt.Sprintf("kept-%s-%d", time.Now().UTC().Format("20060102T150405.000"), n.slot))
-		g, err := slotGroup(n.slot)
-		if err == nil {
-			err = errors.Join(g.destroy(ctx), os.Rename(n.dir, kept))
+		if n.cgroups != nil {
+			errs = append(errs, n.cgroups.Destroy(ctx))
 		}
-		errs = append(errs, err)
+		errs = append(errs, os.Rename(n.dir, kept))
 		fmt.Fprintf(n.out, "machine: %s is set: the files are kept in %s\n", KeepEnv, kept)
 	}
 	if err := errors.Join(append(errs, clean(ctx, n.slot))...); err != nil {
-		return errors.Join(fmt.Errorf("removing the test machines: %w", err), n.lock.Close())
+		return errors.Join(fmt.Errorf("removing the test machines: %w", err), n.place.Release())
 	}
-	return n.lock.Close()
+	return n.place.Release()
 }
 
 func (n *Network) all() []*Machine {
@@ -241,53 +205,6 @@ func (n *Network) DumpLogs(w io.Writer) {
 		m.DumpLogs(w)
 	}
 }
-
-// startWatchdog starts a process that outlives a killed test and ends what the
-// test started: it reads from a pipe that only this process holds, and the
-// kernel closes that however this process ends. What is left then (files,
-// empty cgroups, names of namespaces) costs nothing and goes with the next
-// network.
-func (n *Network) startWatchdog() error {
-	g, err := slotGroup(n.slot)
-	if err != nil {
-		return err
-	}
-	var script strings.Builder
-	script.WriteString("read -r line || true\nfor round in 1 2 3 4 5 6 7 8 9 10; do\n\tliving=\n")
-	for _, dir := range g.dirs {
-		fmt.Fprintf(&script, "\tfor pid in $(find %s -name cgroup.procs -exec cat {} + 2>/dev/null); do living=$pid; kill -9 \"$pid\" 2>/dev/null || true; done\n", quote(dir))
-	}
-	script.WriteString("\t[ -n \"$living\" ] || exit 0\n\tsleep 0.2\ndone\n")
-	read, write, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer read.Close()
-	cmd := exec.Command("sh", "-c", script.String())
-	cmd.Stdin = read
-	// The slot's lock is held until this process has ended as well: it kills
-	// whatever is in the slot's cgroups, which must not be the next network's.
-	cmd.ExtraFiles = []*os.File{n.lock}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		write.Close()
-		return fmt.Errorf("starting the watchdog of the machines: %w", err)
-	}
-	n.watchdog, n.watchdogPipe = cmd, write
-	return nil
-}
-
-func (n *Network) stopWatchdog() {
-	if n.watchdog == nil {
-		return
-	}
-	n.watchdogPipe.Close()
-	_ = n.watchdog.Wait() // ends in ten short rounds at most
-	n.watchdog = nil
-}
-
-// quote makes one word for the shell.
-func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // machineName is a DNS label, short enough for a host's name.
 var machineName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$`)

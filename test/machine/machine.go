@@ -17,9 +17,8 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/hearth-sh/hearth/internal/imds/imdstest"
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 const (
@@ -56,8 +55,11 @@ type Machine struct {
 	n       int
 	spec    Spec
 	dir     string
-	group   *group // the machine's own processes
-	aside   *group // commands from outside and the holder of its mounts
+	// group has the machine's own processes. Its systemd sees it as the root of
+	// the hierarchies, so that two machines on one kernel cannot meet there, and
+	// killing it is a loss of power.
+	group *process.Cgroups
+	aside *process.Cgroups // commands from outside and the holder of its mounts
 
 	stopIMDS context.CancelFunc
 	imdsDone chan error
@@ -86,14 +88,8 @@ func (n *Network) Add(ctx context.Context, spec Spec) (*Machine, error) {
 	m.IP = machineIP(n.slot, m.n)
 	config := m.instance()
 	m.InstanceID, m.IMDS = config.InstanceID, imdstest.New(config)
-	var err error
-	if m.group, err = newGroup(fmt.Sprintf("hearthm%d/%s/machine", n.slot, m.Name)); err != nil {
-		return nil, err
-	}
-	if m.aside, err = newGroup(fmt.Sprintf("hearthm%d/%s/aside", n.slot, m.Name)); err != nil {
-		return nil, err
-	}
-	if err := errors.Join(m.group.create(), m.aside.create()); err != nil {
+	m.group, m.aside = n.cgroups.Below(m.Name, "machine"), n.cgroups.Below(m.Name, "aside")
+	if err := errors.Join(m.group.Create(), m.aside.Create()); err != nil {
 		return nil, err
 	}
 	if err := attach(ctx, n.slot, m.n, config.MAC); err != nil {
@@ -142,21 +138,7 @@ func (m *Machine) serveIMDS() error {
 // InNetNS calls f on a thread in the machine's network; the thread ends with it.
 // Sockets that f opens stay there.
 func (m *Machine) InNetNS(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread is of no use to anyone else afterwards.
-		runtime.LockOSThread()
-		file, err := os.Open(netnsPath(machineNS(m.network.slot, m.n)))
-		if err == nil {
-			err = unix.Setns(int(file.Fd()), unix.CLONE_NEWNET)
-			_ = file.Close()
-		}
-		if err == nil {
-			err = f()
-		}
-		done <- err
-	}()
-	return <-done
+	return process.InNetNS(netnsPath(machineNS(m.network.slot, m.n)), f)
 }
 
 // Listen opens a listener in the machine's network.
@@ -179,10 +161,10 @@ func (m *Machine) Dial(ctx context.Context, network, address string) (conn net.C
 
 // launch is the command of a program in cgroups of the machine, seen from this
 // machine.
-func launch(g *group, argv ...string) *exec.Cmd {
+func launch(g *process.Cgroups, argv ...string) *exec.Cmd {
 	var script strings.Builder
-	for _, dir := range g.dirs {
-		fmt.Fprintf(&script, "echo $$ >%s || exit 126\n", quote(filepath.Join(dir, "cgroup.procs")))
+	for _, dir := range g.Dirs() {
+		fmt.Fprintf(&script, "echo $$ >%s || exit 126\n", process.Quote(filepath.Join(dir, "cgroup.procs")))
 	}
 	script.WriteString("exec \"$@\"\n")
 	return exec.Command("sh", append([]string{"-c", script.String(), "sh"}, argv...)...)
@@ -195,7 +177,7 @@ func (m *Machine) mount(ctx context.Context) error {
 	if err := os.RemoveAll(ready); err != nil {
 		return err
 	}
-	script := "set -eu\nmount --make-rprivate /\ncd " + quote(m.dir) + "\nmkdir -p disk root\n"
+	script := "set -eu\nmount --make-rprivate /\ncd " + process.Quote(m.dir) + "\nmkdir -p disk root\n"
 	if m.spec.Disk > 0 {
 		// The file system is what a machine finds after a loss of power: the
 		// kernel replays its journal here.
@@ -206,11 +188,11 @@ func (m *Machine) mount(ctx context.Context) error {
 	script += "if [ ! -e disk/made ]; then\n" +
 		"mkdir -p disk/upper disk/work\n" +
 		"rm -rf disk/var\n" +
-		"cp -a " + quote(filepath.Join(m.network.root, "var")) + " disk/var\n" +
+		"cp -a " + process.Quote(filepath.Join(m.network.root, "var")) + " disk/var\n" +
 		"touch disk/made\n" +
 		"sync -f disk\n" +
 		"fi\n" +
-		"mount -t overlay overlay -o lowerdir=" + quote(m.network.root) + ",upperdir=disk/upper,workdir=disk/work root\n" +
+		"mount -t overlay overlay -o lowerdir=" + process.Quote(m.network.root) + ",upperdir=disk/upper,workdir=disk/work root\n" +
 		"mount --bind disk/var root/var\n" +
 		"touch mounted\n" +
 		"exec sleep infinity\n"
@@ -342,9 +324,9 @@ func (m *Machine) Boot(ctx context.Context) error {
 		}
 		select {
 		case <-ended:
-			return fmt.Errorf("booting %s: the machine ended; its console:\n%s", m.Name, tailFile(filepath.Join(m.dir, "console.log"), 20))
+			return fmt.Errorf("booting %s: the machine ended; its console:\n%s", m.Name, process.TailFile(filepath.Join(m.dir, "console.log"), 20))
 		case <-ctx.Done():
-			return fmt.Errorf("booting %s: systemd is %q; its console:\n%s", m.Name, state, tailFile(filepath.Join(m.dir, "console.log"), 20))
+			return fmt.Errorf("booting %s: systemd is %q; its console:\n%s", m.Name, state, process.TailFile(filepath.Join(m.dir, "console.log"), 20))
 		case <-time.After(poll):
 		}
 	}
@@ -524,9 +506,9 @@ func (m *Machine) PowerOff(ctx context.Context) error {
 	}
 	select {
 	case <-ended:
-		return m.group.kill(ctx) // what units left behind
+		return m.group.Kill(ctx) // what units left behind
 	case <-ctx.Done():
-		return fmt.Errorf("%s did not power off within %s; its console:\n%s", m.Name, powerOffTimeout, tailFile(filepath.Join(m.dir, "console.log"), 20))
+		return fmt.Errorf("%s did not power off within %s; its console:\n%s", m.Name, powerOffTimeout, process.TailFile(filepath.Join(m.dir, "console.log"), 20))
 	}
 }
 
@@ -537,7 +519,7 @@ func (m *Machine) Kill(ctx context.Context) error {
 	m.mu.Lock()
 	ended := m.ended
 	m.mu.Unlock()
-	if err := m.group.kill(ctx); err != nil {
+	if err := m.group.Kill(ctx); err != nil {
 		return err
 	}
 	if ended != nil {
@@ -588,7 +570,7 @@ func (m *Machine) end(ctx context.Context) error {
 
 // release ends the holder of the mounts, and with it the mounts.
 func (m *Machine) release(ctx context.Context) error {
-	err := m.aside.kill(ctx)
+	err := m.aside.Kill(ctx)
 	m.mu.Lock()
 	holder := m.holder
 	m.holder = nil
@@ -602,7 +584,7 @@ func (m *Machine) release(ctx context.Context) error {
 // DumpLogs writes the end of the machine's journal, or of its console when it
 // does not run.
 func (m *Machine) DumpLogs(w io.Writer) {
-	fmt.Fprintf(w, "--- console of %s\n%s\n", m.Name, tailFile(filepath.Join(m.dir, "console.log"), 20))
+	fmt.Fprintf(w, "--- console of %s\n%s\n", m.Name, process.TailFile(filepath.Join(m.dir, "console.log"), 20))
 	if m.init() == 0 {
 		return
 	}
@@ -614,17 +596,9 @@ func (m *Machine) DumpLogs(w io.Writer) {
 	fmt.Fprintf(w, "--- cloud-init of %s\n%s\n", m.Name, said)
 }
 
-// tailFile returns the last lines of a log, or why it cannot be read.
-func tailFile(path string, lines int) string {
-	content, err := os.ReadFile(path)
-	if err != nil {
-		return err.Error()
-	}
-	all := strings.Split(strings.TrimRight(string(content), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
-}
-
 // SetUserData changes what the instance was launched with, before its first boot.
 func (m *Machine) SetUserData(text string) {
 	m.IMDS.Update(func(c *imdstest.Config) { c.UserData = text })
 }
+
+func exists(path string) bool { _, err := os.Lstat(path); return err == nil }

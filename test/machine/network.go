@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"strings"
+
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 // Addresses come from 198.18.0.0/15, which RFC 2544 sets aside for tests of
@@ -31,7 +33,7 @@ func netnsPath(name string) string     { return "/run/netns/" + name }
 
 func ip(ctx context.Context, steps ...[]string) error {
 	for _, step := range steps {
-		if _, err := output(ctx, "ip", step...); err != nil {
+		if _, err := process.Output(ctx, "ip", step...); err != nil {
 			return err
 		}
 	}
@@ -92,7 +94,7 @@ func removeLAN(ctx context.Context, slot int) error {
 			return err
 		}
 	}
-	list, err := output(ctx, "ip", "netns", "list")
+	list, err := process.Output(ctx, "ip", "netns", "list")
 	if err != nil {
 		return err
 	}

@@ -9,12 +9,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/hearth-sh/hearth/test/process"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -108,23 +108,12 @@ func Root(ctx context.Context, progress io.Writer) (string, error) {
 	fmt.Fprintln(key, rootRecipe, suite, rootPackages, rootFiles, rootMasked) // maps print sorted
 	dir := filepath.Join(cache, "hearth", "machine-"+hex.EncodeToString(key.Sum(nil))[:16])
 	made := func() bool { _, err := os.Stat(filepath.Join(dir, "etc")); return err == nil }
-	if made() {
-		return dir, nil
-	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, rootTimeout)
 	defer cancel()
-	lock, err := lockFile(ctx, dir+".lock")
-	if err != nil {
-		return "", fmt.Errorf("waiting for another process that makes the machine image: %w", err)
-	}
-	defer lock.Close()
-	if made() {
-		return dir, nil
-	}
-	return dir, makeRoot(ctx, dir, progress)
+	return dir, slot.Once(ctx, dir, made, func() error { return makeRoot(ctx, dir, progress) })
 }
 
 func makeRoot(ctx context.Context, dir string, progress io.Writer) error {
@@ -137,7 +126,7 @@ func makeRoot(ctx context.Context, dir string, progress io.Writer) error {
 	// mmdebstrap leaves no mounts behind, so this stays within the cache.
 	defer os.RemoveAll(temp)
 	root := filepath.Join(temp, "root")
-	if _, err := output(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\"",
+	if _, err := process.Output(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\"",
 		"--include="+strings.Join(rootPackages, ","), suite, root); err != nil {
 		return fmt.Errorf("%w: making a Debian root: %w", ErrCannotRun, err)
 	}
@@ -197,57 +186,4 @@ func makeRoot(ctx context.Context, dir string, progress io.Writer) error {
 	}
 	fmt.Fprintf(progress, "machine: made in %s\n", time.Since(began).Round(time.Second))
 	return nil
-}
-
-// lockPoll is between two tries of a file lock, which has no event.
-const lockPoll = 200 * time.Millisecond
-
-// lockFile takes an exclusive lock that the kernel releases with the process.
-// The file stays: removing it would let two processes lock two inodes.
-func lockFile(ctx context.Context, path string) (*os.File, error) {
-	for {
-		file, err := tryLock(path)
-		if err != nil || file != nil {
-			return file, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(lockPoll):
-		}
-	}
-}
-
-// tryLock returns nil and no error when another process holds the lock.
-func tryLock(path string) (*os.File, error) {
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err == nil {
-		return file, nil
-	}
-	file.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, nil
-	}
-	return nil, fmt.Errorf("locking %s: %w", path, err)
-}
-
-// output runs one short program of this machine and returns an error that
-// holds what it said.
-func output(ctx context.Context, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = time.Second
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
-	}
-	return string(out), nil
 }

@@ -10,15 +10,14 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/hearth-sh/hearth/test/chart"
+	"github.com/hearth-sh/hearth/test/process"
 )
 
 // TestWhoeverTakesOverTheEngineHasNothingToGoOnWith looks at the engine's pod
@@ -117,28 +116,10 @@ func TestWhoeverTakesOverTheEngineHasNothingToGoOnWith(t *testing.T) {
 }
 
 // dialFrom connects from within a network namespace.
-func dialFrom(ctx context.Context, namespace, network, address string) (net.Conn, error) {
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	done := make(chan result, 1)
-	go func() {
-		// The thread is never unlocked: it ends with the goroutine instead of
-		// carrying the namespace to others.
-		runtime.LockOSThread()
-		var r result
-		defer func() { done <- r }()
-		file, err := os.Open(namespace)
-		if err != nil {
-			r.err = err
-			return
-		}
-		defer file.Close()
-		if r.err = unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); r.err == nil {
-			r.conn, r.err = new(net.Dialer).DialContext(ctx, network, address)
-		}
-	}()
-	r := <-done
-	return r.conn, r.err
+func dialFrom(ctx context.Context, namespace, network, address string) (conn net.Conn, err error) {
+	err = process.InNetNS(namespace, func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
 }

@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
@@ -51,40 +50,12 @@ var (
 	wasm  shims.Paths
 )
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
-	if err := cluster.Check(); err != nil {
-		fmt.Fprintln(os.Stderr, "the cluster tests do not run here:", err)
-		if os.Getenv("CI") != "" {
-			return 1
-		}
-		return 0
-	}
-	if err := setUp(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "set up:", err)
-		if bench != nil {
-			bench.DumpLogs(os.Stderr)
-			_ = bench.Close()
-		}
-		return 1
-	}
-	code := m.Run()
-	if code != 0 {
-		bench.DumpLogs(os.Stderr)
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-		chart.Dump(ctx, bench, os.Stderr)
-		cancel()
-	}
-	if err := bench.Close(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	if err := goleak.Find(); err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	return code
+func TestMain(m *testing.M) {
+	shared := cluster.Shared{First: true, Dump: chart.Dump, Start: func(ctx context.Context) (*cluster.Cluster, error) {
+		err := setUp(ctx)
+		return bench, err
+	}}
+	os.Exit(shared.Main(m))
 }
 
 func setUp(ctx context.Context) (err error) {

@@ -2,6 +2,8 @@ package packaging_test
 
 import (
 	"archive/tar"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"io"
 	"os"
@@ -141,8 +143,11 @@ func checkImage(t *testing.T, image v1.Image, platform v1.Platform, binaries str
 		}
 		files[header.FileInfo().Mode().String()+" "+header.Name] = string(data)
 	}
+	const roots = "-rw-r--r-- etc/ssl/certs/ca-certificates.crt"
+	trusted(t, []byte(files[roots]))
+	delete(files, roots)
 	want := map[string]string{
-		"drwxr-xr-x etc": "", "dtrwxrwxrwx tmp": "", "drwxr-xr-x usr/bin": "",
+		"drwxr-xr-x etc": "", "drwxr-xr-x etc/ssl": "", "drwxr-xr-x etc/ssl/certs": "", "dtrwxrwxrwx tmp": "", "drwxr-xr-x usr/bin": "",
 		"-rw-r--r-- etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nhearth:x:65532:65532:hearth:/:/sbin/nologin\n",
 	}
 	for _, name := range []string{"bootstrap", "nodeagent"} {
@@ -154,6 +159,25 @@ func checkImage(t *testing.T, image v1.Image, platform v1.Platform, binaries str
 	}
 	if diff := cmp.Diff(want, files); diff != "" {
 		t.Errorf("files: %s", diff)
+	}
+}
+
+// trusted checks the authorities without which nothing in the image could speak
+// to ECR: those of Amazon's own certificates are among them.
+func trusted(t *testing.T, roots []byte) {
+	t.Helper()
+	amazon := false
+	n := 0
+	for block, rest := pem.Decode(roots); block != nil; block, rest = pem.Decode(rest) {
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n++
+		amazon = amazon || certificate.Subject.CommonName == "Amazon Root CA 1"
+	}
+	if n < 50 || !amazon {
+		t.Errorf("the image trusts %d authorities, Amazon's among them: %t", n, amazon)
 	}
 }
 

@@ -23,7 +23,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/hearth-sh/hearth/test/needs"
+	"github.com/hearth-sh/hearth/test/slot"
 )
 
 const (
@@ -31,8 +32,6 @@ const (
 	buildTimeout = 45 * time.Minute
 	// installTimeout bounds installing Debian packages.
 	installTimeout = 10 * time.Minute
-	// lockPoll is between two tries of the lock: flock has no timeout.
-	lockPoll = 200 * time.Millisecond
 	// shown is how much of a failed build's output is worth showing.
 	shown = 4 << 10
 )
@@ -68,8 +67,8 @@ func Build(tb testing.TB) Paths {
 	tb.Helper()
 	paths, err := built()
 	switch {
-	case errors.Is(err, ErrNoCargo) && os.Getenv("CI") == "":
-		tb.Skipf("needs containerd shims made of Rust: %v", err)
+	case errors.Is(err, ErrNoCargo):
+		needs.Missing(tb, "needs containerd shims made of Rust: %v", err)
 	case err != nil:
 		tb.Fatalf("building the test shims: %v", err)
 	}
@@ -105,11 +104,11 @@ func Compile(ctx context.Context, progress io.Writer) (Paths, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return Paths{}, fmt.Errorf("making the cache for shims: %w", err)
 	}
-	unlock, err := lock(ctx, filepath.Join(cache, "lock"))
+	lock, err := slot.Lock(ctx, filepath.Join(cache, "lock"))
 	if err != nil {
-		return Paths{}, err
+		return Paths{}, fmt.Errorf("waiting for another build of the shims: %w", err)
 	}
-	defer unlock()
+	defer lock.Close()
 	if paths.complete() { // another process was faster
 		return paths, nil
 	}
@@ -232,27 +231,4 @@ func run(ctx context.Context, timeout time.Duration, dir string, env []string, n
 		return fmt.Errorf("running %s %s: %w\n%s", filepath.Base(name), strings.Join(args, " "), err, output[max(0, len(output)-shown):])
 	}
 	return nil
-}
-
-func lock(ctx context.Context, path string) (unlock func(), err error) {
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("locking the shims' cache: %w", err)
-	}
-	for {
-		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { file.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			file.Close()
-			return nil, fmt.Errorf("locking the shims' cache: %w", err)
-		}
-		select {
-		case <-ctx.Done():
-			file.Close()
-			return nil, fmt.Errorf("waiting for another build of the shims: %w", context.Cause(ctx))
-		case <-time.After(lockPoll):
-		}
-	}
 }

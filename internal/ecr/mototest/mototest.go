@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 const (
@@ -39,10 +41,7 @@ func Start(t testing.TB) string {
 	t.Cleanup(func() { _ = log.Close() })
 	url, stop, err := Run(t.Context(), log)
 	if errors.Is(err, ErrMissing) {
-		if os.Getenv("CI") == "" {
-			t.Skip(err)
-		}
-		t.Fatal(err)
+		needs.Missing(t, "%v", err)
 	}
 	if err != nil {
 		t.Fatal(err)

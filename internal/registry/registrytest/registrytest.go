@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // startTimeout bounds the registry's start on a busy machine.
@@ -22,7 +24,7 @@ const startTimeout = time.Minute
 // docker-registry and htpasswd the test is skipped, but with CI set it fails.
 func Start(t testing.TB, user, password string) (host string) {
 	t.Helper()
-	server, htpasswd := program(t, "docker-registry"), program(t, "htpasswd")
+	server, htpasswd := needs.Program(t, "docker-registry"), needs.Program(t, "htpasswd")
 	dir := t.TempDir()
 	// The cheapest hash: the registry computes it for every request.
 	entry, err := exec.CommandContext(t.Context(), htpasswd, "-bnBC", "4", user, password).Output()
@@ -56,18 +58,5 @@ func Start(t testing.TB, user, password string) (host string) {
 		}
 	}
 	t.Fatal("docker-registry did not start in time")
-	return ""
-}
-
-func program(t testing.TB, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err == nil {
-		return path
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatalf("%s is not installed; test/install-deps.sh does it", name)
-	}
-	t.Skipf("%s is not installed; test/install-deps.sh does it", name)
 	return ""
 }

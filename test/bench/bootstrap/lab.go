@@ -246,6 +246,8 @@ spec:
       kubelet-arg: [fail-cgroupv1=false]
   shims:
   - name: wasmtime
+  addons:
+    hearth: {values: {image: {repository: hearth.sh/nodeagent}}}
   host:
     minDiskFree: 512Mi
 `, name, stateBucket, name, filesBucket, l.key, files, l.k3s.Version)

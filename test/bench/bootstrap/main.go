@@ -15,9 +15,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
-	"runtime"
+	"io"
 	"time"
 
 	"github.com/hearth-sh/hearth/test/bench/report"
@@ -35,20 +33,10 @@ type options struct {
 }
 
 func main() {
-	var o options
-	check := flag.Bool("check", false, "exit with status 1 when a target is missed")
-	only := flag.String("only", "", "comma-separated sections to run (sizes, memory, baked, downloads); all when empty")
-	flag.IntVar(&o.rounds, "rounds", 5, "turns of bootstrap and of the script")
-	flag.Int64Var(&o.rate, "rate", 100, "what one connection carries, in MB/s; S3 gives about 100")
-	flag.BoolVar(&o.verbose, "v", false, "print every single measurement")
-	flag.Parse()
-
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, deadline)
-	defer cancel()
-	missed, err := run(ctx, o, *only)
-	os.Exit(report.Status(missed, *check, err))
+	b := &bench{}
+	flag.IntVar(&b.rounds, "rounds", 5, "turns of bootstrap and of the script")
+	flag.Int64Var(&b.rate, "rate", 100, "what one connection carries, in MB/s; S3 gives about 100")
+	report.Main(b, sections, &b.verbose, deadline)
 }
 
 var sections = []report.Section[*bench]{
@@ -58,27 +46,31 @@ var sections = []report.Section[*bench]{
 	{Name: "downloads", Measure: downloads},
 }
 
-func run(ctx context.Context, o options, only string) (missed int, err error) {
+// SetUp starts what machines are fetched from.
+func (b *bench) SetUp(ctx context.Context) error {
 	if err := errors.Join(cluster.Check(), machine.Check()); err != nil {
-		return 0, err
+		return err
 	}
-	if o.rounds < 1 || o.rate < 0 {
-		return 0, errors.New("there must be at least one round, and a rate of at least 0")
+	if b.rounds < 1 || b.rate < 0 {
+		return errors.New("there must be at least one round, and a rate of at least 0")
 	}
-	begin, loadBefore := time.Now(), report.LoadAverage()
-	b := &bench{options: o}
-	defer func() { err = errors.Join(err, b.lab.close()) }()
-	if err := b.lab.setUp(ctx, o.rate*1_000_000); err != nil {
-		return 0, fmt.Errorf("set up: %w", err)
-	}
-	if err := report.Run(ctx, b, sections, only); err != nil {
-		return 0, err
-	}
+	return b.lab.setUp(ctx, b.rate*1_000_000)
+}
+
+// Dump has nothing to write: errors hold what machines said.
+func (b *bench) Dump(io.Writer) {}
+
+// Close removes the machines.
+func (b *bench) Close() error { return b.lab.close() }
+
+// Title says on what was measured, and how the values are to be read.
+func (b *bench) Title() string {
 	k := "the stand-in for k3s"
 	if b.lab.k3s.Real {
 		k = "a real k3s"
 	}
-	fmt.Printf("From machine to node, %s %s, %s/%s, %d CPUs, %d rounds, %s, took %v, load average %s before and %s after; medians (least to most)\n\n",
-		k, b.lab.k3s.Version, runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), o.rounds, runtime.Version(), time.Since(begin).Round(time.Second), loadBefore, report.LoadAverage())
-	return b.table.Print(os.Stdout), nil
+	return fmt.Sprintf("From machine to node, %s %s, %s, medians (least to most) of %d rounds", k, b.lab.k3s.Version, report.Machine(), b.rounds)
 }
+
+// Rows are what was measured.
+func (b *bench) Rows() *report.Table { return &b.table }

@@ -25,8 +25,8 @@ const (
 	ratioTarget    = 2.0             // times faster than the script, with downloads
 	overheadTarget = time.Second     // of our own, with everything present
 	memoryTarget   = 80 << 20        // bytes, while streaming gigabytes
-	binaryTarget   = 45 << 20        // bytes, stripped
-	downloadTarget = 15 << 20        // bytes, compressed
+	binaryTarget   = 45_000_000      // bytes, stripped
+	downloadTarget = 15_000_000      // bytes, compressed
 	runTimeout     = 5 * time.Minute // of one run on a machine
 	highWaterPoll  = 20 * time.Millisecond
 )

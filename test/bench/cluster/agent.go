@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/hearth-sh/hearth/test/bench/report"
+	"github.com/hearth-sh/hearth/test/chart"
 )
 
 const (
@@ -67,14 +68,14 @@ func (b *bench) restart(ctx context.Context) (took, cpu time.Duration, err error
 		if err != nil {
 			return err
 		}
-		_, err = b.cluster.Client().AppsV1().DaemonSets(namespace).Patch(ctx, "hearth-nodeagent", types.StrategicMergePatchType, body, metav1.PatchOptions{})
+		_, err = b.cluster.Client().AppsV1().DaemonSets(chart.Namespace).Patch(ctx, "hearth-nodeagent", types.StrategicMergePatchType, body, metav1.PatchOptions{})
 		return err
 	}
 	if err := patch("true"); err != nil {
 		return 0, 0, err
 	}
 	if err := b.cluster.WaitFor(ctx, "the agent to be gone", soon, func(ctx context.Context) (bool, error) {
-		pods, err := b.cluster.Client().CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: agentPods})
+		pods, err := b.cluster.Client().CoreV1().Pods(chart.Namespace).List(ctx, metav1.ListOptions{LabelSelector: agentPods})
 		return err == nil && len(pods.Items) == 0, nil
 	}); err != nil {
 		return 0, 0, err

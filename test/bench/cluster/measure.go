@@ -19,6 +19,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/hearth-sh/hearth/test/chart"
 	"github.com/hearth-sh/hearth/test/cluster"
 )
 
@@ -165,7 +166,7 @@ func field(text, name string) (int64, error) {
 
 // agentPod returns the running agent's pod.
 func (b *bench) agentPod(ctx context.Context) (*corev1.Pod, error) {
-	pods, err := b.cluster.Client().CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: agentPods})
+	pods, err := b.cluster.Client().CoreV1().Pods(chart.Namespace).List(ctx, metav1.ListOptions{LabelSelector: agentPods})
 	if err != nil {
 		return nil, err
 	}

@@ -24,14 +24,12 @@ import (
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/images"
 	"github.com/hearth-sh/hearth/test/bench/report"
+	"github.com/hearth-sh/hearth/test/chart"
 	"github.com/hearth-sh/hearth/test/cluster"
 	"github.com/hearth-sh/hearth/test/shims"
 )
 
 const (
-	namespace = "hearth-system"
-	image     = "hearth.test/nodeagent"
-	tag       = "bench"
 	agentPods = "app.kubernetes.io/component=agent"
 
 	// agentNode has the agent, bareNode only the same shim.
@@ -62,18 +60,17 @@ type bench struct {
 	events   map[string]*events // by node
 }
 
-func (b *bench) setUp(ctx context.Context) (err error) {
+// SetUp starts the cluster with the chart on it.
+func (b *bench) SetUp(ctx context.Context) (err error) {
+	if err := cluster.Check(); err != nil {
+		return err
+	}
 	if b.dir, err = os.MkdirTemp("", "hearth-bench-"); err != nil {
 		return err
 	}
 	shim, err := shims.Compile(ctx, os.Stderr)
 	if err != nil {
 		return err
-	}
-	if b.agent = os.Getenv("HEARTH_BINARY"); b.agent == "" {
-		if b.agent, err = cluster.GoBinary(ctx, "./cmd/nodeagent"); err != nil {
-			return err
-		}
 	}
 	runtimes := []cluster.Runtime{{Name: handler, Type: "io.containerd.wasmtime.v1", BinaryPath: shim.Wasmtime}}
 	b.cluster, err = cluster.New(ctx, cluster.Options{Nodes: []cluster.Node{
@@ -92,20 +89,22 @@ func (b *bench) setUp(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if err := b.cluster.Node(agentNode).LoadBinaryImage(ctx, image+":"+tag, map[string]string{"/usr/bin/nodeagent": b.agent}, "/usr/bin/nodeagent"); err != nil {
+	if b.agent, err = chart.LoadImage(ctx, b.cluster); err != nil {
 		return err
 	}
 	class := &nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: runtimeClass}, Handler: handler}
 	if _, err := b.cluster.Client().NodeV1().RuntimeClasses().Create(ctx, class, metav1.CreateOptions{}); err != nil {
 		return err
 	}
-	if err := b.install(ctx); err != nil {
+	// The agent on one node only.
+	if err := chart.Install(ctx, b.cluster, "agent.nodeSelector."+agentLabel+"=yes", "engine.nodeSelector."+agentLabel+"=yes"); err != nil {
 		return err
 	}
 	return b.cluster.WaitNode(ctx, agentNode, "to be labelled", soon, func(n *corev1.Node) bool { return n.Labels[runtimeLabel] == "true" })
 }
 
-func (b *bench) close() error {
+// Close removes everything.
+func (b *bench) Close() error {
 	var errs []error
 	for _, e := range b.events {
 		errs = append(errs, e.close())
@@ -119,51 +118,14 @@ func (b *bench) close() error {
 	return errors.Join(errs...)
 }
 
-// install applies what `helm install` would, with the agent on one node.
-func (b *bench) install(ctx context.Context) error {
-	helm, err := filepath.Abs("bin/helm")
-	if err != nil {
-		return err
-	}
-	if _, err := os.Stat(helm); err != nil {
-		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", helm, "helm.sh/helm/v4/cmd/helm")
-		build.Dir, build.Env = "packaging/tools", append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("build helm (run this in the repository's root): %w\n%s", err, out)
-		}
-	}
-	render := exec.CommandContext(ctx, helm, "template", "hearth", "packaging/chart/hearth", "--namespace", namespace, "--include-crds", "--kube-version", "1.36.3",
-		"--set", "image.repository="+image, "--set", "image.tag="+tag, "--set", "agent.imds=off", "--set", "engine.networkPolicy=false",
-		"--set", "agent.nodeSelector."+agentLabel+"=yes", "--set", "engine.nodeSelector."+agentLabel+"=yes")
-	var stderr strings.Builder
-	render.Stderr = &stderr
-	manifest, err := render.Output()
-	if err != nil {
-		return fmt.Errorf("render the chart: %w\n%s", err, stderr.String())
-	}
-	head := fmt.Sprintf("apiVersion: v1\nkind: Namespace\nmetadata: {name: %s}\n---\n", namespace)
-	_, err = b.cluster.ApplyManifest(ctx, append([]byte(head), manifest...))
-	return err
-}
-
-// dump writes what the agent said.
-func (b *bench) dump(w io.Writer) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
+// Dump writes what the chart's pods said.
+func (b *bench) Dump(w io.Writer) {
 	if b.cluster == nil {
 		return
 	}
-	pods, err := b.cluster.Client().CoreV1().Pods("").List(ctx, metav1.ListOptions{})
-	if err != nil {
-		fmt.Fprintln(w, err)
-		return
-	}
-	for _, p := range pods.Items {
-		fmt.Fprintf(w, "--- %s on %s: %s %+v\n", p.Name, p.Spec.NodeName, p.Status.Phase, p.Status.ContainerStatuses)
-		if log, err := b.cluster.PodLogs(ctx, p.Namespace, p.Name, ""); err == nil && p.Namespace == namespace {
-			fmt.Fprintln(w, log[max(0, len(log)-16<<10):])
-		}
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	chart.Dump(ctx, b.cluster, w)
 }
 
 // status is `nodeagent status -o json` of the agent's node, asked from outside
@@ -210,10 +172,10 @@ func (b *bench) want(ctx context.Context, timeout time.Duration, lines []string)
 // list writes the ConfigMap that tells the agent which images are wanted.
 func (b *bench) list(ctx context.Context, lines []string) error {
 	list := &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{Name: "bench", Namespace: namespace, Labels: map[string]string{images.ListLabel: "true"}},
+		ObjectMeta: metav1.ObjectMeta{Name: "bench", Namespace: chart.Namespace, Labels: map[string]string{images.ListLabel: "true"}},
 		Data:       map[string]string{"images": strings.Join(lines, "\n")},
 	}
-	maps := b.cluster.Client().CoreV1().ConfigMaps(namespace)
+	maps := b.cluster.Client().CoreV1().ConfigMaps(chart.Namespace)
 	if _, err := maps.Update(ctx, list, metav1.UpdateOptions{}); err == nil {
 		return nil
 	}

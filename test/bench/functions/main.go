@@ -13,17 +13,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
-	"fmt"
-	"os"
-	"os/signal"
-	"runtime"
+	"io"
 	"time"
 
 	"github.com/hearth-sh/hearth/test/bench/report"
 	"github.com/hearth-sh/hearth/test/chart"
-	"github.com/hearth-sh/hearth/test/cluster"
 )
 
 // deadline bounds a whole run; one with default options takes some ten minutes.
@@ -39,23 +34,13 @@ type options struct {
 }
 
 func main() {
-	var o options
-	check := flag.Bool("check", false, "exit with status 1 when a target is missed")
-	only := flag.String("only", "", "comma-separated sections to run (submit, concurrent, many); all when empty")
-	flag.IntVar(&o.submits, "submits", 30, "submits one after the other, and half as many Deployments")
-	flag.IntVar(&o.concurrent, "concurrent", 50, "submits at once")
-	flag.IntVar(&o.tenants, "tenants", 10, "tenants that functions are of")
-	flag.IntVar(&o.functions, "functions", 1000, "functions that are there when reads are measured")
-	flag.IntVar(&o.reads, "reads", 2000, "reads of each kind")
-	flag.BoolVar(&o.verbose, "v", false, "print every single measurement, and what the pods said")
-	flag.Parse()
-
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, deadline)
-	defer cancel()
-	missed, err := run(ctx, o, *only)
-	os.Exit(report.Status(missed, *check, err))
+	b := &bench{}
+	flag.IntVar(&b.submits, "submits", 30, "submits one after the other, and half as many Deployments")
+	flag.IntVar(&b.concurrent, "concurrent", 50, "submits at once")
+	flag.IntVar(&b.tenants, "tenants", 10, "tenants that functions are of")
+	flag.IntVar(&b.functions, "functions", 1000, "functions that are there when reads are measured")
+	flag.IntVar(&b.reads, "reads", 2000, "reads of each kind")
+	report.Main(b, sections, &b.verbose, deadline)
 }
 
 var sections = []report.Section[*bench]{
@@ -64,39 +49,20 @@ var sections = []report.Section[*bench]{
 	{Name: "many", Measure: manyFunctions},
 }
 
-func run(ctx context.Context, o options, only string) (missed int, err error) {
-	if err := cluster.Check(); err != nil {
-		return 0, err
-	}
-	if min(o.submits, o.concurrent, o.tenants, o.reads) < 1 || o.functions <= few {
-		return 0, fmt.Errorf("there must be at least one of everything, and more than %d functions", few)
-	}
-	begin, loadBefore := time.Now(), report.LoadAverage()
-	b := &bench{options: o}
-	defer func() { err = errors.Join(err, b.close()) }()
-	fmt.Fprintln(os.Stderr, "bench: starting a cluster …")
-	if err := b.setUp(ctx); err != nil {
-		b.dump()
-		return 0, fmt.Errorf("set up: %w", err)
-	}
-	if err := report.Run(ctx, b, sections, only); err != nil {
-		b.dump()
-		return 0, err
-	}
-	if o.verbose {
-		b.dump()
-	}
-	fmt.Printf("Functions on a cluster, %s/%s, %d CPUs shared by three nodes, control plane and registry, %s, took %v, load average %s before and %s after\n\n",
-		runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), runtime.Version(), time.Since(begin).Round(time.Second), loadBefore, report.LoadAverage())
-	return b.table.Print(os.Stdout), nil
+// Title says on what was measured.
+func (b *bench) Title() string {
+	return "Functions on a cluster, " + report.Machine() + " shared by three nodes, control plane and registry"
 }
 
-// dump writes what the pods said.
-func (b *bench) dump() {
+// Rows are what was measured.
+func (b *bench) Rows() *report.Table { return &b.table }
+
+// Dump writes what the pods said.
+func (b *bench) Dump(w io.Writer) {
 	if b.cluster == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	chart.Dump(ctx, b.cluster, os.Stderr)
+	chart.Dump(ctx, b.cluster, w)
 }

@@ -42,18 +42,28 @@ const (
 
 // manyFunctions fills the cluster and measures what depends on how many there are.
 func manyFunctions(ctx context.Context, b *bench) error {
+	if least := max(few, b.tenants); b.functions <= least {
+		return fmt.Errorf("-functions must be above %d", least)
+	}
 	tenants, err := b.newTenants(ctx, b.tenants)
 	if err != nil {
 		return err
 	}
-	seed, err := b.submit(ctx, tenants[0], "bench-seed")
-	if err != nil {
+	// A tenant runs no other's image.
+	images := make([]string, len(tenants))
+	for i, tenant := range tenants {
+		seed, err := b.submit(ctx, tenant, fmt.Sprintf("bench-seed-%d", i))
+		if err != nil {
+			return err
+		}
+		images[i] = seed.function.Image
+	}
+	seeds := len(tenants)
+	atFirst := max(few, seeds)
+	if err := b.apply(ctx, tenants, images, seeds, atFirst); err != nil {
 		return err
 	}
-	if err := b.apply(ctx, tenants, seed.function.Image, 1, few); err != nil {
-		return err
-	}
-	if _, _, err := b.settled(ctx, few); err != nil {
+	if _, _, err := b.settled(ctx, atFirst); err != nil {
 		return err
 	}
 	atFew, err := b.requests(ctx, tenants[0], "bench-few")
@@ -61,7 +71,7 @@ func manyFunctions(ctx context.Context, b *bench) error {
 		return err
 	}
 	begin := time.Now()
-	if err := b.apply(ctx, tenants, seed.function.Image, few, b.functions); err != nil {
+	if err := b.apply(ctx, tenants, images, atFirst, b.functions); err != nil {
 		return err
 	}
 	applied := time.Since(begin)
@@ -69,11 +79,11 @@ func manyFunctions(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	b.table.Title(fmt.Sprintf("%d functions of %d tenants applied as objects, one module", b.functions, len(tenants)))
+	b.table.Title(fmt.Sprintf("%d functions of %d tenants applied as objects, one image a tenant", b.functions, len(tenants)))
 	b.table.Add("applied after", report.Milliseconds(applied), fmt.Sprintf("%d at a time", writers))
 	b.table.Add("all recorded after", report.Milliseconds(recorded.Sub(begin)), fmt.Sprintf("%.0f a second", float64(b.functions)/recorded.Sub(begin).Seconds()))
 	b.table.Add("all warm on all nodes after", report.Milliseconds(warm.Sub(begin)), fmt.Sprintf("%.0f a second", float64(b.functions)/warm.Sub(begin).Seconds()))
-	if err := b.readAll(ctx, tenants); err != nil {
+	if err := b.readAll(ctx, tenants, atFirst); err != nil {
 		return err
 	}
 	atMany, err := b.requests(ctx, tenants[0], "bench-many")
@@ -85,19 +95,20 @@ func manyFunctions(ctx context.Context, b *bench) error {
 		return err
 	}
 	b.table.Title("Requests of the API's replicas to the API server for one submit to first answer, all nodes warm")
-	b.table.Add(fmt.Sprintf("among %d functions", few), fmt.Sprintf("%.1f", atFew.each), "")
+	b.table.Add(fmt.Sprintf("among %d functions", atFirst), fmt.Sprintf("%.1f", atFew.each), "")
 	b.table.Note("  " + atFew.what)
 	b.table.Hold(fmt.Sprintf("among %d functions", b.functions), fmt.Sprintf("%.1f", atMany.each), fmt.Sprintf("%.2f×", atMany.each/max(atFew.each, 1)), fmt.Sprintf("≤ %.2f× of above", targetGrowth), atMany.each <= targetGrowth*atFew.each)
 	b.table.Note("  " + atMany.what)
-	b.table.Add(fmt.Sprintf("submit to first answer among %d functions, p50", few), report.Milliseconds(report.Median(atFew.answered)), "")
+	b.table.Add(fmt.Sprintf("submit to first answer among %d functions, p50", atFirst), report.Milliseconds(report.Median(atFew.answered)), "")
 	b.table.Add(fmt.Sprintf("submit to first answer among %d functions, p50", b.functions), report.Milliseconds(report.Median(atMany.answered)), report.Times(report.Median(atMany.answered), report.Median(atFew.answered))+" of above")
 	b.table.Add(fmt.Sprintf("while nothing changes, in %s", idle), fmt.Sprint(watched.total), "")
 	b.table.Note("  " + watched.what)
 	return nil
 }
 
-// apply makes functions number from to before until, as kubectl would.
-func (b *bench) apply(ctx context.Context, tenants []string, image string, from, until int) error {
+// apply makes functions number from to before until, of the tenants in turns, each
+// with its image, as kubectl would.
+func (b *bench) apply(ctx context.Context, tenants, images []string, from, until int) error {
 	// Of its own, without client-go's limit: what is measured is what Hearth
 	// does with them.
 	config := b.cluster.RESTConfig()
@@ -110,7 +121,7 @@ func (b *bench) apply(ctx context.Context, tenants []string, image string, from,
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(writers)
 	for i := from; i < until; i++ {
-		tenant, name := tenants[i%len(tenants)], fmt.Sprintf("bench-%d", i)
+		tenant, image, name := tenants[i%len(tenants)], images[i%len(tenants)], fmt.Sprintf("bench-%d", i)
 		group.Go(func() error {
 			u := &unstructured.Unstructured{Object: map[string]any{
 				"apiVersion": v1alpha1.APIVersion, "kind": kube.FunctionKind,
@@ -257,15 +268,16 @@ func (b *bench) count(from, until time.Time, among int) (work, error) {
 	return w, nil
 }
 
-// readAll measures reads, over connections that are kept, from both replicas.
-func (b *bench) readAll(ctx context.Context, tenants []string) error {
+// readAll measures reads, over connections that are kept, from both replicas, of
+// the functions that were applied from number first on.
+func (b *bench) readAll(ctx context.Context, tenants []string, first int) error {
 	if err := pause(ctx, quiet); err != nil {
 		return err
 	}
 	var one, list, revisions []time.Duration
 	size := 0
 	for i := range b.reads {
-		name := fmt.Sprintf("bench-%d", 1+i%(b.functions-1))
+		name := fmt.Sprintf("bench-%d", first+i%(b.functions-first))
 		begin := time.Now()
 		if _, _, err := b.api().Get(ctx, name); err != nil {
 			return err

@@ -56,7 +56,14 @@ type bench struct {
 	base     string           // domain of functions
 }
 
-func (b *bench) setUp(ctx context.Context) (err error) {
+// SetUp starts the cluster with the chart on it.
+func (b *bench) SetUp(ctx context.Context) (err error) {
+	if err := cluster.Check(); err != nil {
+		return err
+	}
+	if min(b.submits, b.concurrent, b.tenants, b.reads) < 1 || b.functions <= few {
+		return fmt.Errorf("there must be at least one of everything, and more than %d functions", few)
+	}
 	path, err := guests.Compile(ctx, "hello-large")
 	if err != nil {
 		return err
@@ -157,7 +164,8 @@ func (b *bench) connect(ctx context.Context) error {
 	return nil
 }
 
-func (b *bench) close() error {
+// Close removes everything.
+func (b *bench) Close() error {
 	for _, api := range b.apis {
 		api.Close()
 	}

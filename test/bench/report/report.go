@@ -26,16 +26,9 @@ type Section[B any] struct {
 // Run measures the sections that only names, separated by commas, in their own
 // order; all when it is empty.
 func Run[B any](ctx context.Context, bench B, sections []Section[B], only string) error {
-	wanted := map[string]bool{}
-	for name := range strings.SplitSeq(only, ",") {
-		if name = strings.TrimSpace(name); name != "" {
-			wanted[name] = true
-		}
-	}
-	for name := range wanted {
-		if !slices.ContainsFunc(sections, func(s Section[B]) bool { return s.Name == name }) {
-			return fmt.Errorf("there is no section %q", name)
-		}
+	wanted := selected(only)
+	if err := known(sections, only); err != nil {
+		return err
 	}
 	for _, s := range sections {
 		if len(wanted) > 0 && !wanted[s.Name] {
@@ -44,6 +37,27 @@ func Run[B any](ctx context.Context, bench B, sections []Section[B], only string
 		fmt.Fprintf(os.Stderr, "bench: %s …\n", s.Name)
 		if err := s.Measure(ctx, bench); err != nil {
 			return fmt.Errorf("measuring %s: %w", s.Name, err)
+		}
+	}
+	return nil
+}
+
+// selected are the names in a -only.
+func selected(only string) map[string]bool {
+	wanted := map[string]bool{}
+	for name := range strings.SplitSeq(only, ",") {
+		if name = strings.TrimSpace(name); name != "" {
+			wanted[name] = true
+		}
+	}
+	return wanted
+}
+
+// known returns an error for a name that no section has.
+func known[B any](sections []Section[B], only string) error {
+	for name := range selected(only) {
+		if !slices.ContainsFunc(sections, func(s Section[B]) bool { return s.Name == name }) {
+			return fmt.Errorf("there is no section %q", name)
 		}
 	}
 	return nil

@@ -3,6 +3,7 @@ package report
 import (
 	"context"
 	"errors"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -67,5 +68,54 @@ func TestQuantiles(t *testing.T) {
 	}
 	if Quantile[time.Duration](nil, 0.5) != 0 {
 		t.Error("the median of nothing is not 0")
+	}
+}
+
+// fake is a benchmark of one row.
+type fake struct {
+	table  Table
+	calls  []string
+	failed error
+}
+
+func (f *fake) SetUp(context.Context) error { f.calls = append(f.calls, "set up"); return f.failed }
+func (f *fake) Dump(io.Writer)              { f.calls = append(f.calls, "dump") }
+func (f *fake) Close() error                { f.calls = append(f.calls, "close"); return nil }
+func (f *fake) Title() string               { return "A fake on " + Machine() }
+func (f *fake) Rows() *Table                { return &f.table }
+
+func TestABenchmarkIsClosedWhateverHappens(t *testing.T) {
+	row := Section[*fake]{Name: "row", Measure: func(_ context.Context, f *fake) error {
+		f.calls = append(f.calls, "measure")
+		f.table.Hold("what", "2", "", "1", false)
+		return nil
+	}}
+	broken := errors.New("broken")
+	for _, c := range []struct {
+		name    string
+		only    string
+		verbose bool
+		failed  error
+		want    []string
+		missed  int
+		ok      bool
+	}{
+		{name: "measured", want: []string{"set up", "measure", "close"}, missed: 1, ok: true},
+		{name: "and said", verbose: true, want: []string{"set up", "measure", "dump", "close"}, missed: 1, ok: true},
+		{name: "not set up", failed: broken, want: []string{"set up", "dump", "close"}},
+		{name: "a section that is none costs nothing", only: "none", want: nil},
+	} {
+		f := &fake{failed: c.failed}
+		var table strings.Builder
+		missed, err := measure(t.Context(), f, []Section[*fake]{row}, c.only, c.verbose, &table, io.Discard)
+		if missed != c.missed || (err == nil) != c.ok || !slices.Equal(f.calls, c.want) {
+			t.Errorf("%s: %d missed (%v) after %v, want %d after %v", c.name, missed, err, f.calls, c.missed, c.want)
+		}
+		if c.failed != nil && !errors.Is(err, c.failed) {
+			t.Errorf("%s: the error is %v", c.name, err)
+		}
+		if c.ok && !strings.HasPrefix(table.String(), "A fake on ") {
+			t.Errorf("%s: printed %q", c.name, table.String())
+		}
 	}
 }

@@ -4,7 +4,8 @@
 //	toolbox echo WORDS...         prints the words
 //	toolbox exit CODE             exits
 //	toolbox sleep DURATION        waits, or until SIGTERM
-//	toolbox serve ADDRESS TEXT    answers every HTTP request with TEXT
+//	toolbox serve ADDRESS TEXT    answers every HTTP request with TEXT; ?work=20ms
+//	                              costs that much processor time before
 //	toolbox get URL               prints the body of a response; retries 30 s
 //	toolbox api PATH              asks the API server as the pod's service account
 //	toolbox cat FILE              prints a file
@@ -20,10 +21,13 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -73,7 +77,13 @@ func run(args []string) error {
 		return nil
 	case "serve":
 		server := &http.Server{Addr: args[0], ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(
-			func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, args[1]) })}
+			func(w http.ResponseWriter, r *http.Request) {
+				if err := work(r.URL.Query().Get("work")); err != nil {
+					http.Error(w, err.Error(), http.StatusBadRequest)
+					return
+				}
+				fmt.Fprintln(w, args[1])
+			})}
 		failed := make(chan error, 1)
 		go func() { failed <- server.ListenAndServe() }()
 		select {
@@ -100,6 +110,38 @@ func run(args []string) error {
 		return os.WriteFile(args[0], []byte(args[1]), 0o644)
 	}
 	return fmt.Errorf("unknown verb %q", verb)
+}
+
+// work takes processor time, not time that others have the processor.
+func work(duration string) error {
+	if duration == "" {
+		return nil
+	}
+	want, err := time.ParseDuration(duration)
+	if err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	start, err := threadTime()
+	if err != nil {
+		return err
+	}
+	for {
+		now, err := threadTime()
+		if err != nil || now-start >= want {
+			return err
+		}
+	}
+}
+
+// threadTime is the processor time that this thread has had.
+func threadTime() (time.Duration, error) {
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &usage); err != nil {
+		return 0, err
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano()), nil
 }
 
 // get prints what ask returns, trying again when it fails.
