@@ -9,6 +9,10 @@ type Desired struct {
 	// BaseDomain is what function names are prefixed to for their hosts. Empty:
 	// what the engine was started with.
 	BaseDomain string `json:"baseDomain,omitempty"`
+	// Gateways are those (IP address:port) of other nodes, whatever they serve,
+	// at most MaxPeers. An engine whose agent fell silent asks them what changed
+	// since.
+	Gateways []string `json:"gateways,omitempty"`
 }
 
 // DesiredFunction is one function a node should serve.

@@ -42,6 +42,8 @@ func apiCommand() *cli.Command {
 			&cli.StringFlag{Name: "ingress-annotations", Usage: "annotations of the Ingresses that are made, as a `JSON` object", EnvVars: []string{"HEARTH_INGRESS_ANNOTATIONS"}},
 			&cli.StringFlag{Name: "registry", Usage: "`HOST[:PORT][/PREFIX]` where uploaded functions are published; empty: only images that are in a registry already can be submitted", EnvVars: []string{"HEARTH_REGISTRY"}},
 			&cli.BoolFlag{Name: "registry-plain-http", Usage: "speak HTTP without TLS to --registry", EnvVars: []string{"HEARTH_REGISTRY_PLAIN_HTTP"}},
+			registryConfigFlag(),
+			&cli.StringFlag{Name: "spin-pull-secret", Usage: "`NAME` of the Secret with which pods of spin functions pull their images, in each tenant's namespace, where whoever runs the cluster puts it; empty: nodes have credentials of their own, as for ECR", EnvVars: []string{"HEARTH_SPIN_PULL_SECRET"}},
 			&cli.StringFlag{Name: "imds", Usage: "ask the EC2 instance metadata service for the credentials of ECR: on, off, or auto (on where one answers at start)", Value: "auto", EnvVars: []string{"HEARTH_IMDS"}},
 			&cli.IntFlag{Name: "quota-functions", Usage: "how many functions one tenant may have (0: no limit)", Value: 100, EnvVars: []string{"HEARTH_QUOTA_FUNCTIONS"}},
 			&cli.Int64Flag{Name: "quota-mib", Usage: "`MIB` of all wanted modules of one tenant (0: no limit)", Value: 1024, EnvVars: []string{"HEARTH_QUOTA_MIB"}},
@@ -106,6 +108,10 @@ func apiAction(c *cli.Context) error {
 			defer metadata.Close()
 		}
 	}
+	var pullSecrets []string
+	if name := c.String("spin-pull-secret"); name != "" {
+		pullSecrets = []string{name}
+	}
 	quota := submit.Quota{
 		Functions: noLimit(c.Int("quota-functions")), Bytes: noLimit(c.Int64("quota-mib") << 20),
 		Rate: noLimit(c.Float64("quota-changes")), Requests: noLimit(c.Float64("quota-requests")),
@@ -117,8 +123,9 @@ func apiAction(c *cli.Context) error {
 		Deploy: deploy.Settings{
 			BaseDomain: c.String("base-domain"), HostTemplate: template,
 			IngressClass: c.String("ingress-class"), IngressAnnotations: annotations,
+			ImagePullSecrets: pullSecrets,
 		},
-		Registry: c.String("registry"), RegistryPlainHTTP: c.Bool("registry-plain-http"), Metadata: metadata,
+		Registry: c.String("registry"), RegistryPlainHTTP: c.Bool("registry-plain-http"), RegistryConfig: c.String("registry-config"), Metadata: metadata,
 		Quotas: &submit.Quotas{Default: quota}, StaleAfter: c.Duration("stale-after"),
 		CheckCommand: []string{sandbox.Executable(), "precompile"}, Build: executableBuild(), Version: buildVersion(), Logger: logger,
 	})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -62,6 +63,7 @@ func engineCommand() *cli.Command {
 			&cli.BoolFlag{Name: "log-stdout", Usage: "write functions' logs to standard output as well, a JSON object a line, for those who collect logs of processes", EnvVars: []string{"HEARTH_ENGINE_LOG_STDOUT"}},
 			isolationFlag(),
 			workerMemoryFlag(),
+			quotaInvocationsFlag(),
 			endFlag("shutdown-delay", 0, 0, "how long to serve on, though not ready any more, when asked to end: load balancers learn of it with a delay"),
 			endFlag("drain-limit", 5*time.Second, time.Second, "how long requests in flight may take after that"),
 			command.LogLevelFlag("info"),
@@ -102,6 +104,7 @@ func engineCommand() *cli.Command {
 				Isolation:         engine.Isolation(c.String("isolation")),
 				WorkerCommand:     []string{sandbox.Executable(), "worker"},
 				WorkerMemoryBytes: uint64(c.Int64("worker-memory")) << 20,
+				TenantRate:        c.Float64("quota-invocations"),
 				StoreDir:          filepath.Join(c.String("store-dir"), "objects"),
 				ShutdownDelay:     c.Duration("shutdown-delay"),
 				DrainLimit:        c.Duration("drain-limit"),
@@ -208,6 +211,21 @@ func workerMemoryFlag() *cli.Int64Flag {
 		Action: func(_ *cli.Context, value int64) error {
 			if value < 0 {
 				return cli.Exit("--worker-memory cannot be negative", exitUsage)
+			}
+			return nil
+		},
+	}
+}
+
+// quotaInvocationsFlag bounds what visitors of one tenant take from others.
+func quotaInvocationsFlag() *cli.Float64Flag {
+	return &cli.Float64Flag{
+		Name:    "quota-invocations",
+		Usage:   "requests that the functions of one tenant answer a second on this node, on average, two seconds' worth at once (0: no limit)",
+		EnvVars: []string{"HEARTH_QUOTA_INVOCATIONS"},
+		Action: func(_ *cli.Context, value float64) error {
+			if !(value >= 0) || math.IsInf(value, 0) {
+				return cli.Exit(fmt.Sprintf("--quota-invocations %v is no rate; give requests a second, or 0 for no limit", value), exitUsage)
 			}
 			return nil
 		},

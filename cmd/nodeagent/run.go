@@ -30,6 +30,15 @@ func storeBudgetFlag() *cli.Int64Flag {
 	}
 }
 
+// registryConfigFlag names the credentials that are not ECR's.
+func registryConfigFlag() *cli.StringFlag {
+	return &cli.StringFlag{
+		Name:    "registry-config",
+		Usage:   "`FILE` of credentials for registries as docker login and Secrets of type kubernetes.io/dockerconfigjson have them, read anew for each use; ECR's come from the instance's role (default: those of this user)",
+		EnvVars: []string{"HEARTH_REGISTRY_CONFIG"},
+	}
+}
+
 // intervalFlag is for what the agent looks at again and again: often enough to
 // be of use, and not so often that it is all the agent does.
 func intervalFlag(name, variable string, value time.Duration, usage string) *cli.DurationFlag {
@@ -77,8 +86,9 @@ func runCommand() *cli.Command {
 			&cli.StringFlag{Name: "api-ca-file", Usage: "`FILE` of the certificates that sign that of --api-url (default: what ConfigMap hearth-api of --namespace says, outside a cluster the system's)", EnvVars: []string{"HEARTH_API_CA_FILE"}},
 			&cli.StringFlag{Name: "engine-socket", Usage: "control socket of the engine; empty where there is none", Value: paths.EngineSocket(dataDir)},
 			&cli.IntFlag{Name: "engine-user", Usage: "numeric `UID` that the directory of --engine-socket is given to, for an engine that is another user (0: leave it)", EnvVars: []string{"HEARTH_ENGINE_USER"}},
-			&cli.StringFlag{Name: "registry", Usage: "`HOST:PORT` of the registry that artifacts without a host of their own are in; only used with --api-socket"},
-			&cli.BoolFlag{Name: "registry-plain-http", Usage: "speak HTTP without TLS to --registry"},
+			&cli.StringFlag{Name: "registry", Usage: "`HOST:PORT` of the registry that artifacts without a host of their own are in, and that --registry-plain-http is about; needed with --api-socket", EnvVars: []string{"HEARTH_REGISTRY"}},
+			&cli.BoolFlag{Name: "registry-plain-http", Usage: "speak HTTP without TLS to --registry", EnvVars: []string{"HEARTH_REGISTRY_PLAIN_HTTP"}},
+			registryConfigFlag(),
 			&cli.StringFlag{Name: "store-dir", Usage: "the store of compiled functions; this process is its only writer", Value: filepath.Join(dataDir, "store")},
 			&cli.StringFlag{Name: "state-dir", Usage: "where the last instructions are kept for a start without the API", Value: filepath.Join(dataDir, "agent")},
 			storeBudgetFlag(),
@@ -147,6 +157,7 @@ func runAction(c *cli.Context) error {
 		EngineUser:        c.Int("engine-user"),
 		Registry:          c.String("registry"),
 		RegistryPlainHTTP: c.Bool("registry-plain-http"),
+		RegistryConfig:    c.String("registry-config"),
 		StoreDir:          c.String("store-dir"),
 		StateDir:          c.String("state-dir"),
 		StoreBudgetBytes:  c.Int64("store-budget") << 20,

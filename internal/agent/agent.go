@@ -77,10 +77,15 @@ type Options struct {
 	// EngineUser gets the directory of EngineSocket, for an engine that is
 	// another user; 0 leaves it.
 	EngineUser int
-	// Registry is needed with APISocket only.
+	// Registry is needed with APISocket. On a cluster it is the one that
+	// RegistryPlainHTTP is about.
 	Registry          string
 	RegistryPlainHTTP bool
-	StoreDir          string
+	// RegistryConfig is a file of credentials for registries as
+	// registry.ConfigKeychain takes it, read for each pull; empty: those of this
+	// process's user.
+	RegistryConfig string
+	StoreDir       string
 	// StateDir is private to the agent: the last instructions, pulls under way.
 	StateDir         string
 	StoreBudgetBytes int64
@@ -292,7 +297,13 @@ func (silentReporter) Report(context.Context, v1alpha1.NodeReport) error { retur
 const noHome = "registry.invalid"
 
 func (a *agent) puller(ctx context.Context) (*registry.Client, error) {
-	options := registry.ClientOptions{Registry: a.o.Registry, PlainHTTP: a.o.RegistryPlainHTTP, Logger: a.o.Logger}
+	options := registry.ClientOptions{
+		Registry: a.o.Registry, PlainHTTP: a.o.RegistryPlainHTTP, Logger: a.o.Logger,
+		Keychain: authn.DefaultKeychain,
+	}
+	if a.o.RegistryConfig != "" {
+		options.Keychain = registry.ConfigKeychain(a.o.RegistryConfig)
+	}
 	if options.Registry == "" {
 		options.Registry = noHome
 	}
@@ -302,8 +313,10 @@ func (a *agent) puller(ctx context.Context) (*registry.Client, error) {
 			return nil, err
 		}
 		if keychain != nil {
-			options.Keychain = authn.NewMultiKeychain(keychain, authn.DefaultKeychain)
+			options.Keychain = authn.NewMultiKeychain(keychain, options.Keychain)
 		}
+		// One machine's registry is Hearth's own and lets anybody read.
+		options.RegistryKeychain = options.Keychain
 	}
 	return registry.NewClient(options)
 }

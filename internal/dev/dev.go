@@ -78,8 +78,11 @@ type Options struct {
 	// engine and the agent.
 	Isolation       string
 	WorkerMemoryMiB int64
-	StoreBudgetMiB  int64
-	Version         string
+	// QuotaInvocations is the engine's: requests a second to one tenant's
+	// functions; 0: no limit.
+	QuotaInvocations float64
+	StoreBudgetMiB   int64
+	Version          string
 	// Verbose repeats everything the children log.
 	Verbose bool
 	// Program is the nodeagent binary for the children; empty: this one.
@@ -430,6 +433,7 @@ func (d *dev) startChildren(ctx context.Context, group *errgroup.Group) error {
 			"--control-socket", paths.EngineSocket(d.o.DataDir), "--api-socket", paths.APISocket(d.o.DataDir),
 			"--base-domain", d.o.BaseDomain, "--store-dir", d.path("store"), "--log-dir", d.path("logs"),
 			"--isolation", d.o.Isolation, "--worker-memory", strconv.FormatInt(d.o.WorkerMemoryMiB, 10),
+			"--quota-invocations", strconv.FormatFloat(d.o.QuotaInvocations, 'g', -1, 64),
 		},
 	})
 	d.agent = supervise.New(supervise.Options{

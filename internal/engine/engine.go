@@ -19,7 +19,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -118,6 +117,12 @@ type Options struct {
 	// ends: whoever balances load over engines learns with a delay that this
 	// one goes.
 	ShutdownDelay time.Duration
+	// TenantRate is how many requests a second the functions of one tenant may
+	// answer here on average, two seconds' worth at once; 0: no limit.
+	TenantRate float64
+	// AgentSilence is how long an agent may be silent before other nodes are
+	// asked what changes; 10 s when 0.
+	AgentSilence time.Duration
 	// DrainLimit is how long requests in flight may take after that; 5 s when 0.
 	DrainLimit time.Duration
 	Logger     *slog.Logger
@@ -144,6 +149,7 @@ type Engine struct {
 	rssLimit   uint64
 	hangups    *hangups
 	peers      *peers
+	touch      *touch
 	readAhead  atomic.Int64 // bytes that all requests hold in theirs
 	routing    atomic.Pointer[routing]
 	noteOnce   sync.Once
@@ -154,6 +160,7 @@ type Engine struct {
 	mu         sync.RWMutex
 	functions  map[string]*function
 	processes  map[string]*process
+	rates      map[string]*rate // by tenant
 	generation uint64
 	loads      uint64 // numbers revisions
 	started    int    // numbers workers
@@ -231,6 +238,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	sweeping, stopSweep := context.WithCancel(ctx)
 	group.Go(func() { e.sweep(sweeping) })
+	group.Go(func() { e.touch.run(sweeping) })
 	e.logger.Info("engine ready", "listen", o.Listener.Addr().String(), "isolation", string(e.options.Isolation))
 
 	var result error
@@ -245,6 +253,7 @@ func Run(ctx context.Context, o Options) error {
 	case result = <-failed:
 	}
 	stopSweep()
+	e.touch.end()
 	drain, cancel := context.WithTimeout(context.Background(), e.options.DrainLimit)
 	defer cancel()
 	// A request that does not end in time is cut by Close.
@@ -312,12 +321,14 @@ func newEngine(o Options) (*Engine, error) {
 		options: o, logger: o.Logger, metrics: m, logs: logs,
 		functions: make(map[string]*function),
 		processes: make(map[string]*process),
+		rates:     make(map[string]*rate),
 		version:   rand.Uint64()>>16 + 1,
 		changed:   make(chan struct{}),
 		rssLimit:  o.WorkerMemoryBytes + o.WorkerOverheadBytes,
 	}
 	e.routing.Store(&routing{base: o.BaseDomain})
 	e.peers = newPeers(o.Name)
+	e.touch = newTouch(e, o.AgentSilence)
 	if e.hangups, err = newHangups(); err != nil {
 		logs.closeAll()
 		return nil, err
@@ -413,6 +424,7 @@ func (e *Engine) apply(s control.State) error {
 	if e.stopping {
 		return errors.New("the engine is ending")
 	}
+	e.touch.told(s)
 	again := s.Generation != e.generation
 	e.generation = s.Generation
 	table := &routing{base: e.options.BaseDomain}
@@ -447,8 +459,34 @@ func (e *Engine) apply(s control.State) error {
 			e.removeFunction(f)
 		}
 	}
+	e.forgetRates()
 	e.bumpLocked()
 	return nil
+}
+
+// rateOf is what is left of a tenant's rate.
+func (e *Engine) rateOf(tenant string) *rate {
+	r := e.rates[tenant]
+	if r == nil {
+		r = newRate(e.options.TenantRate)
+		e.rates[tenant] = r
+	}
+	return r
+}
+
+// forgetRates drops those of tenants without functions, unless they are still
+// being used up: deleting a function and making it again buys nothing.
+func (e *Engine) forgetRates() {
+	used := make(map[string]bool, len(e.rates))
+	for _, f := range e.functions {
+		used[f.tenant] = true
+	}
+	now := time.Since(e.touch.born)
+	for tenant, r := range e.rates {
+		if !used[tenant] && r.idle(now) {
+			delete(e.rates, tenant)
+		}
+	}
 }
 
 func (e *Engine) applyFunction(spec control.Function, again bool) {
@@ -458,7 +496,7 @@ func (e *Engine) applyFunction(spec control.Function, again bool) {
 		f = nil
 	}
 	if f == nil {
-		f = &function{name: spec.Name, tenant: spec.Tenant}
+		f = &function{name: spec.Name, tenant: spec.Tenant, rate: e.rateOf(spec.Tenant)}
 		f.limiter.limit = spec.Concurrency
 		e.functions[spec.Name] = f
 	}
@@ -503,7 +541,7 @@ func (e *Engine) applyPending(p control.Pending) {
 	if f != nil {
 		e.removeFunction(f)
 	}
-	f = &function{name: p.Name, tenant: p.Tenant}
+	f = &function{name: p.Name, tenant: p.Tenant, rate: e.rateOf(p.Tenant)}
 	f.limiter.limit = v1alpha1.DefaultConcurrency
 	e.functions[p.Name] = f
 }
@@ -520,14 +558,8 @@ func (e *Engine) applyReach(f *function, r control.Reach, timeoutMS int, table *
 		timeoutMS = v1alpha1.MaxTimeoutMS
 	}
 	there := &elsewhere{timeout: time.Duration(timeoutMS) * time.Millisecond}
-	for _, peer := range r.Peers {
-		if address, err := netip.ParseAddrPort(peer); err != nil || address.Port() == 0 {
-			e.logger.Warn("peer of a function ignored: it is no IP address and port", "function", f.name, "peer", peer)
-			continue
-		}
-		if there.peers = append(there.peers, peer); len(there.peers) == v1alpha1.MaxPeers {
-			break
-		}
+	if there.peers = addresses(r.Peers); len(there.peers) < min(len(r.Peers), v1alpha1.MaxPeers) {
+		e.logger.Warn("a peer of a function ignored: it is no IP address and port", "function", f.name, "peers", r.Peers)
 	}
 	f.elsewhere.Store(there)
 }
@@ -672,7 +704,7 @@ func (e *Engine) snapshot() (control.Status, <-chan struct{}) {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	s := control.Status{
-		Version: e.version, Generation: e.generation,
+		Version: e.version, Generation: e.generation, OutOfTouch: e.touch.lost.Load(),
 		Functions: make([]control.FunctionStatus, 0, len(e.functions)),
 		Workers:   make([]control.WorkerStatus, 0, len(e.processes)),
 	}

@@ -19,6 +19,9 @@ import (
 type function struct {
 	name, tenant string
 	limiter      limiter
+	// rate is its tenant's, shared with the tenant's other functions; nil for
+	// what only leads elsewhere.
+	rate *rate
 
 	requests, failures atomic.Uint64
 

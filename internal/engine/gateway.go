@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
 	"os"
@@ -72,9 +73,19 @@ func (e *Engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		fallthrough
 	case toNothing:
+		if r.URL.Path == peerPath && e.api == nil && isAddress(canonicalHost(r.Host)) {
+			e.servePeer(w, r)
+			return
+		}
+		if e.elsewhereOnly(w, r) {
+			return
+		}
 		refuse(w, r, problem(http.StatusNotFound, "not-found",
 			"there is nothing at this path; functions are at "+pathPrefix+"<name>/ and <name>."+table.base, false))
 	default:
+		if e.elsewhereOnly(w, r) {
+			return
+		}
 		refuse(w, r, problem(http.StatusMisdirectedRequest, "host-not-served",
 			"this server was not told to serve this host name; use localhost, an address, or a name below "+
 				table.base+", give a function this host, or start the server with another base domain", false))
@@ -148,24 +159,40 @@ type exchange struct {
 	unread bool
 }
 
-func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route) {
-	x := &exchange{
+func (e *Engine) newExchange(w http.ResponseWriter, r *http.Request, to route) *exchange {
+	return &exchange{
 		engine: e, to: to, w: w, r: r, rc: http.NewResponseController(w), id: rand.Text(), arrived: time.Now(),
 		unread: r.ContentLength != 0, forwarded: r.Header.Get(headerForwarded) != "", notHere: true,
 	}
+}
+
+func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route) {
+	x := e.newExchange(w, r, to)
 	function, told := e.find(r.Context(), to.function)
 	x.function = function
 	if !told {
 		x.fail(problem(http.StatusServiceUnavailable, "function-not-ready", "this node has just started and was not told yet what to serve", true))
 		return
 	}
-	if function == nil {
+	if (function == nil || e.touch.lost.Load()) && !x.forwarded {
+		var unknown *v1alpha1.Problem
+		if x.function, unknown = x.current(function); unknown != nil {
+			x.fail(unknown)
+			return
+		}
+	}
+	if x.function == nil {
 		x.fail(problem(http.StatusNotFound, "function-not-found", fmt.Sprintf(
 			"there is no function named %q here; `nodeagent functions list` shows the ones there are, `nodeagent submit` adds one", to.function), false))
 		return
 	}
-	e.metrics.inFlight.Inc()
-	defer e.metrics.inFlight.Dec()
+	x.serveCounted()
+}
+
+// serveCounted is serve of a function that is known.
+func (x *exchange) serveCounted() {
+	x.engine.metrics.inFlight.Inc()
+	defer x.engine.metrics.inFlight.Dec()
 	x.function.requests.Add(1)
 	x.serve()
 }
@@ -188,6 +215,9 @@ func (x *exchange) serve() {
 		x.deadline = x.arrived.Add(there.timeout)
 	}
 	_ = x.rc.SetWriteDeadline(x.deadline.Add(writeGrace)) // only fails without a connection
+	if there == nil && !x.admitted() {
+		return
+	}
 	if upgrade := x.r.Header.Get("Upgrade"); upgrade != "" && !strings.EqualFold(upgrade, "h2c") {
 		x.fail(problem(http.StatusNotImplemented, "upgrade-unsupported",
 			"functions answer plain HTTP requests; they cannot switch to another protocol", false))
@@ -226,6 +256,9 @@ func (x *exchange) serve() {
 			return
 		}
 		x.load = time.Since(waiting)
+		if !x.admitted() {
+			return
+		}
 	}
 	if err := f.limiter.acquire(ctx); err != nil {
 		x.queue = time.Since(x.arrived) - x.load - x.relayTime
@@ -257,6 +290,19 @@ func (x *exchange) serve() {
 	x.load += time.Since(waiting)
 	x.notHere = false
 	x.forward(rev, conn, body)
+}
+
+// admitted takes the request from its tenant's rate, or refuses it. What is
+// forwarded counts where it is answered, or everybody could choose not to count.
+func (x *exchange) admitted() bool {
+	wait, ok := x.function.rate.take(x.arrived.Sub(x.engine.touch.born))
+	if !ok {
+		x.notHere = false // the answer, though no guest saw it: other nodes are not to make up for this one
+		x.w.Header().Set("Retry-After", strconv.Itoa(int(max(1, math.Ceil(wait.Seconds())))))
+		x.fail(problem(http.StatusTooManyRequests, "too-many-invocations",
+			fmt.Sprintf("functions of this tenant answer %g requests a second on a node; try again in a moment", x.engine.options.TenantRate), true))
+	}
+	return ok
 }
 
 // leavesBody says whether some of the client's body was not read.

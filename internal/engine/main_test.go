@@ -197,6 +197,7 @@ func startNode(t testing.TB, change func(*Options)) *node {
 		StoreDir:      filepath.Join(guests.dir, "store", "objects"),
 		WorkerCommand: []string{sandbox.Executable()},
 		WorkerEnv:     []string{childEnvironment + "=worker"},
+		AgentSilence:  time.Hour, // tests speak now and then
 		Logger:        slog.New(slog.NewTextHandler(n.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	if change != nil {

@@ -18,6 +18,7 @@ type metrics struct {
 	inFlight   prometheus.Gauge
 	retries    prometheus.Counter
 	forwarded  *prometheus.CounterVec
+	outOfTouch prometheus.Gauge
 	logLines   prometheus.Counter
 	logDrops   prometheus.Counter
 }
@@ -61,6 +62,10 @@ func newMetrics() *metrics {
 			Name: "hearth_gateway_forwarded_total",
 			Help: "Requests for functions that another node has, by result: ok (its answer was passed on, whatever it was), broken-off, client-gone, or the code of the problem.",
 		}, []string{"result"}),
+		outOfTouch: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hearth_engine_out_of_touch",
+			Help: "1 while no agent says what changes, and other nodes are asked instead.",
+		}),
 		logLines: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "hearth_log_lines_total",
 			Help: "Lines written to function logs.",
@@ -70,7 +75,7 @@ func newMetrics() *metrics {
 			Help: "Lines that function logs lost, because they came too fast or could not be written.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.loadPhases, m.inFlight, m.retries, m.forwarded, m.logLines, m.logDrops)
+	m.registry.MustRegister(m.requests, m.phases, m.restarts, m.loads, m.loadPhases, m.inFlight, m.retries, m.forwarded, m.outOfTouch, m.logLines, m.logDrops)
 	// The label keeps several processes of a machine apart in one scrape.
 	prometheus.WrapRegistererWith(prometheus.Labels{"process": "engine"}, m.registry).MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -418,7 +418,7 @@ func TestChangeOfPeersAndRoutesReloadsNothing(t *testing.T) {
 	if w := n.worker("default"); w.PID != pid || w.Functions != 1 || loads > 1 || len(n.lines("c", control.LogOptions{})) != before {
 		t.Errorf("loaded again: %+v, %d loads", w, loads)
 	}
-	if !strings.Contains(n.logs.String(), "peer of a function ignored") {
+	if !strings.Contains(n.logs.String(), "a peer of a function ignored") {
 		t.Error("a peer that is no address is taken")
 	}
 }

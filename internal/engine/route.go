@@ -149,6 +149,11 @@ func controlHost(base, host string) bool {
 	if host == base || host == "localhost" {
 		return true
 	}
+	return isAddress(host)
+}
+
+// isAddress says whether a canonical host is an IP address.
+func isAddress(host string) bool {
 	_, err := netip.ParseAddr(host)
 	return err == nil
 }

@@ -56,6 +56,7 @@ func (e *Engine) probeHandler() http.Handler {
 }
 
 func (e *Engine) putState(w http.ResponseWriter, r *http.Request) {
+	defer e.touch.watch()()
 	var s control.State
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, control.MaxStateBytes)).Decode(&s); err != nil {
 		// The decoder's error can quote its input, which holds secrets.
@@ -70,6 +71,7 @@ func (e *Engine) putState(w http.ResponseWriter, r *http.Request) {
 }
 
 func (e *Engine) getStatus(w http.ResponseWriter, r *http.Request) {
+	defer e.touch.watch()()
 	q := r.URL.Query()
 	var after uint64
 	var wait time.Duration

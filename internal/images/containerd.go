@@ -207,7 +207,10 @@ func (c *Containerd) manifest(ctx context.Context, d digest.Digest) (Manifest, e
 	if desc.MediaType, err = manifestType(raw); err != nil {
 		return Manifest{}, fail(CodeUnpullable, err, "manifest %s cannot be read", d)
 	}
-	m, err := cimages.Manifest(ctx, store, desc, platforms.Default())
+	m, err := cimages.Manifest(ctx, smallBlobs{store}, desc, platforms.Default())
+	if errors.Is(err, errLargeBlob) {
+		return Manifest{}, fail(CodeUnpullable, err, "manifest %s cannot be read", d)
+	}
 	if err != nil {
 		return Manifest{}, runtimeError(ctx, err, "read the manifest that %s leads to", d)
 	}
@@ -219,11 +222,9 @@ func (c *Containerd) manifest(ctx context.Context, d digest.Digest) (Manifest, e
 		out.Layers = append(out.Layers, Layer{MediaType: l.MediaType, Digest: l.Digest.String(), Size: l.Size})
 		out.Size += max(l.Size, 0)
 	}
-	if m.Config.Size <= maxManifestBytes {
-		// During a pull the configuration may not be here yet.
-		if raw, err := content.ReadBlob(ctx, store, m.Config); err == nil {
-			out.Architecture = architecture(raw)
-		}
+	// During a pull the configuration may not be here yet.
+	if raw, err := content.ReadBlob(ctx, smallBlobs{store}, m.Config); err == nil {
+		out.Architecture = architecture(raw)
 	}
 	return out, nil
 }
@@ -410,7 +411,7 @@ func (c *Containerd) findManifest(ctx context.Context, ref Reference, began time
 		if !slices.Contains(strings.Split(i.Labels[label], ","), repository) {
 			return nil
 		}
-		if raw, err := content.ReadBlob(call, c.client.ContentStore(), ocispec.Descriptor{Digest: i.Digest, Size: i.Size}); err == nil {
+		if raw, err := content.ReadBlob(call, smallBlobs{c.client.ContentStore()}, ocispec.Descriptor{Digest: i.Digest, Size: i.Size}); err == nil {
 			if _, err := manifestType(raw); err == nil {
 				found = i.Digest
 			}

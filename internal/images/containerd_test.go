@@ -28,19 +28,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/hearth-sh/hearth/test/cluster"
+	"github.com/hearth-sh/hearth/test/needs"
 )
-
-// need skips a test that lacks a tool, or fails it in CI.
-func need(t testing.TB, ok bool, what string) {
-	t.Helper()
-	switch {
-	case ok:
-	case os.Getenv("CI") != "":
-		t.Fatalf("%s; CI must have it", what)
-	default:
-		t.Skip(what)
-	}
-}
 
 func tool(t testing.TB, env, file string) string {
 	t.Helper()
@@ -54,7 +43,9 @@ func tool(t testing.TB, env, file string) string {
 			return filepath.Join(dir, file)
 		}
 	}
-	need(t, err == nil, fmt.Sprintf("%s is neither on PATH nor named by %s (%v)", file, env, err))
+	if err != nil {
+		needs.Missing(t, "%s is neither on PATH nor named by %s (%v)", file, env, err)
+	}
 	return p
 }
 
@@ -98,7 +89,7 @@ type node struct {
 
 func startNode(t testing.TB) *node {
 	t.Helper()
-	need(t, os.Geteuid() == 0, "containerd needs root")
+	needs.Root(t, "containerd")
 	n := &node{t: t, binary: tool(t, "HEARTH_CONTAINERD", "containerd")}
 	// Not t.TempDir: a unix socket's path has at most 107 bytes.
 	var err error
@@ -222,8 +213,7 @@ func startUpstream(t testing.TB, user, password string) *upstream {
 	l.Close()
 	config := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s/data}}\nhttp: {addr: %q}\n", dir, u.direct)
 	if user != "" {
-		htpasswd, err := exec.LookPath("htpasswd")
-		need(t, err == nil, "htpasswd (apache2-utils) is not installed")
+		htpasswd := needs.Program(t, "htpasswd")
 		out, err := exec.Command(htpasswd, "-nbB", user, password).Output()
 		if err != nil {
 			t.Fatal(err)

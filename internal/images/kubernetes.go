@@ -739,22 +739,23 @@ func spinAppWish(obj any) any {
 	return w
 }
 
-// functionWish reads a Function: spec.image and spec.runtime. Functions of the
-// resident engine need the module in the store and no shim.
+// functionWish reads a Function of the Spin runtime: spec.image. Those of the
+// resident engine need no image here: the agent brings their artifacts into the
+// store itself, with credentials that containerd may not have.
 func functionWish(obj any) any {
 	u, ok := obj.(*unstructured.Unstructured)
 	if !ok {
 		return nil
 	}
-	w := wish{namespace: u.GetNamespace(), user: fmt.Sprintf("function %s/%s", u.GetNamespace(), u.GetName())}
+	if r, _, _ := unstructured.NestedString(u.Object, "spec", "runtime"); r != "spin" {
+		return nil
+	}
 	name, _, _ := unstructured.NestedString(u.Object, "spec", "image")
 	if name == "" {
 		return nil
 	}
+	w := wish{namespace: u.GetNamespace(), user: fmt.Sprintf("function %s/%s", u.GetNamespace(), u.GetName()), spin: true}
 	w.image(name)
-	if r, _, _ := unstructured.NestedString(u.Object, "spec", "runtime"); r == "spin" {
-		w.spin = true
-	}
 	return w
 }
 

@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // twoGiB is more than a node takes ahead of time and less than what somebody
@@ -144,15 +144,8 @@ func TestALayerThatUnpacksToTwoGiBFillsNoDisk(t *testing.T) {
 	root := filepath.Join(n.dir, "root")
 	// More than is unpacked between two looks at the room that is left.
 	const size, keep = 2200 << 20, 1536 << 20
-	if err := unix.Mount("tmpfs", root, "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		n.proc.kill()
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	needs.Tmpfs(t, root, fmt.Sprintf("size=%d", size))
+	t.Cleanup(n.proc.kill) // before its disk goes
 	n.start()
 	r := newRealLoop(t, n, u)
 	r.o.DiskPath, r.o.MinFreeBytes = root, keep

@@ -1,18 +1,42 @@
 package images
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	cimages "github.com/containerd/containerd/v2/core/images"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/backoff"
 )
 
 // reconnect is how the connection to containerd is made again: at once, then
 // at most every three seconds.
 var reconnect = backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second}
+
+// errLargeBlob says that something to be read into memory is too large for that.
+var errLargeBlob = fmt.Errorf("it has more than %d bytes", maxManifestBytes)
+
+// smallBlobs reads only what is as small as manifests and configurations are.
+// The size in a descriptor is what an image's maker says of a blob; what
+// [content.ReadBlob] reads into memory is all of the blob that is there, which
+// may as well be a layer.
+type smallBlobs struct{ content.Provider }
+
+// ReaderAt implements [content.Provider].
+func (b smallBlobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	r, err := b.Provider.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	if r.Size() > maxManifestBytes {
+		return nil, errors.Join(errLargeBlob, r.Close())
+	}
+	return r, nil
+}
 
 // manifestType finds out what a blob of a content store is, which does not
 // keep media types.

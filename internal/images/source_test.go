@@ -135,11 +135,16 @@ func TestTheSourceGathersWhatTheNodeWillRun(t *testing.T) {
 	ctx := context.Background()
 	for gvr, o := range map[schema.GroupVersionResource]*unstructured.Unstructured{
 		spinApps:  object("core.spinkube.dev/v1alpha1", "SpinApp", "app", map[string]any{"image": "r.example/spinapp:2", "imagePullSecrets": []any{map[string]any{"name": "spin-pull"}}}),
-		functions: object("hearth.sh/v1alpha1", "Function", "fn", map[string]any{"image": "r.example/fn@sha256:" + strings.Repeat("a", 64), "runtime": "resident"}),
+		functions: object("hearth.sh/v1alpha1", "Function", "fn", map[string]any{"image": "r.example/fn@sha256:" + strings.Repeat("a", 64), "runtime": "spin"}),
 	} {
 		if _, err := a.dynamic.Resource(gvr).Namespace("team").Create(ctx, o, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
+	}
+	// The agent itself brings what the resident engine runs.
+	resident := object("hearth.sh/v1alpha1", "Function", "resident", map[string]any{"image": "r.example/resident@sha256:" + strings.Repeat("b", 64), "runtime": "resident"})
+	if _, err := a.dynamic.Resource(functions).Namespace("team").Create(ctx, resident, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	k := a.source(t, filepath.Join(t.TempDir(), "wanted.json"))
 	s := waitFor(t, k, "everything", has(
@@ -155,7 +160,7 @@ func TestTheSourceGathersWhatTheNodeWillRun(t *testing.T) {
 		"r.example/spinapp:2":                            {Handlers: []string{"spin"}, Users: []string{"spinapp team/app"}, PullSecrets: []PullSecret{{"team", "spin-pull"}}},
 		"r.example/list:latest":                          {Handlers: []string{"spin"}, Users: []string{"list hearth/list"}},
 		"r.example/list2:latest":                         {Users: []string{"list hearth/list"}},
-		"r.example/fn@sha256:" + strings.Repeat("a", 64): {Users: []string{"function team/fn"}},
+		"r.example/fn@sha256:" + strings.Repeat("a", 64): {Handlers: []string{"spin"}, Users: []string{"function team/fn"}},
 	} {
 		want.Reference, want.UserCount = by[name].Reference, 1
 		if !sameWanted([]Wanted{by[name]}, []Wanted{want}) {

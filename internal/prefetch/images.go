@@ -318,9 +318,12 @@ func (l *Loop) finish(ctx context.Context, img *image, ref precompile.ObjectRef,
 		img.failures++
 		img.state, img.retrying = imageFailed, retry
 		img.err = &v1alpha1.FunctionError{Code: code, Detail: detail}
-		if retry {
+		switch {
+		case retry:
 			img.nextTry = l.now().Add(artifactBackoff.delay(img.failures))
-		} else {
+		case errors.Is(err, registry.ErrUnauthorized):
+			img.nextTry = l.now().Add(credentialsRetry + rand.N(credentialsRetry/2))
+		default:
 			img.nextTry = l.now().Add(permanentRetry + rand.N(permanentRetry/10))
 		}
 	}

@@ -42,7 +42,17 @@ func (l *Loop) pass(ctx context.Context) time.Duration {
 			}
 		}
 		if e, ok := l.choose(f, now); ok {
+			if p, ok := l.pushed[f.Name]; ok && !p.leaves.IsZero() {
+				p.leaves = time.Time{}
+				l.pushed[f.Name] = p
+			}
+			e.leaves = time.Time{}
 			entries = append(entries, e)
+		} else if e, ok := l.handOver(f, now); ok {
+			entries = append(entries, e)
+			if next.IsZero() || e.leaves.Before(next) {
+				next = e.leaves
+			}
 		} else {
 			p := control.Pending{Name: f.Name, Tenant: f.Tenant, TimeoutMS: f.TimeoutMS, Reach: reach(f)}
 			if len(f.Candidates) > 0 {
@@ -99,6 +109,25 @@ func (l *Loop) choose(f v1alpha1.DesiredFunction, now time.Time) (pushedEntry, b
 		}
 	}
 	return pushedEntry{}, false
+}
+
+// handOver is what the engine keeps for a moment of a function that other nodes
+// have in this one's place. Nothing is reported of it any more, so that others
+// look elsewhere.
+func (l *Loop) handOver(f v1alpha1.DesiredFunction, now time.Time) (pushedEntry, bool) {
+	p, ok := l.pushed[f.Name]
+	if !ok || len(f.Candidates) > 0 || len(f.Peers) == 0 || p.fn.Tenant != f.Tenant {
+		return pushedEntry{}, false
+	}
+	if p.leaves.IsZero() {
+		p.leaves = now.Add(handover)
+		l.pushed[f.Name] = p
+	}
+	if !now.Before(p.leaves) {
+		return pushedEntry{}, false
+	}
+	p.fn.Reach = reach(f)
+	return p, true
 }
 
 // reach is what the engine is told of a function beside how to run it.
@@ -235,7 +264,8 @@ func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
 	// How functions are reached changes often, with every node that becomes warm,
 	// and changes nothing of what runs: it makes no new generation, in which the
 	// engine would load again what failed, and what it says would not count.
-	touched := l.desired.BaseDomain != l.want.BaseDomain || changed || !slices.EqualFunc(pending, l.want.Pending, func(a, b control.Pending) bool {
+	stale := l.staleLocked()
+	touched := l.desired.BaseDomain != l.want.BaseDomain || stale != l.want.Stale || !slices.Equal(l.desired.Gateways, l.want.Gateways) || changed || !slices.EqualFunc(pending, l.want.Pending, func(a, b control.Pending) bool {
 		return a.TimeoutMS == b.TimeoutMS && sameReach(a.Reach, b.Reach)
 	})
 	fns := make([]control.Function, 0, len(entries))
@@ -258,9 +288,18 @@ func (l *Loop) setWant(entries []pushedEntry, pending []control.Pending) {
 		gen = l.want.Generation
 	}
 	l.pushed = pushed
-	l.want = control.State{Generation: gen, Functions: fns, Pending: pending, BaseDomain: l.desired.BaseDomain}
+	l.want = control.State{
+		Generation: gen, Functions: fns, Pending: pending,
+		BaseDomain: l.desired.BaseDomain, Gateways: l.desired.Gateways, Stale: stale,
+	}
 	l.wantSet, l.needPush = true, true
 	signal(l.pushKick)
+}
+
+// staleLocked says whether functions may have changed without this node having
+// been told: it knows them from before its start, or its source is away.
+func (l *Loop) staleLocked() bool {
+	return l.fromCache || !l.source.ok && l.now().Sub(l.source.since) > sourceGrace
 }
 
 // setReport has the report sent when it changed.

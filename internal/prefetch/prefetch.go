@@ -93,9 +93,20 @@ const (
 	// permanentRetry is when something that failed for good is tried again,
 	// in case its reason lay outside the artifact after all.
 	permanentRetry = 10 * time.Minute
+	// credentialsRetry is the same for credentials that were refused: they are
+	// changed on one side first, and a file of them arrives within a minute or two.
+	credentialsRetry = 30 * time.Second
 	// engineGrace is how long the last known state of the engine is believed
 	// while it does not answer: a restart is shorter.
 	engineGrace = 5 * time.Second
+	// handover is how long the engine keeps a function that is placed on other
+	// nodes by now and answers there: what other nodes were told of it last may
+	// have them send requests here for a moment.
+	handover = 5 * time.Second
+	// sourceGrace is how long the source may be away before the engine is told
+	// that what it serves may be out of date: replicas of the API are replaced
+	// sooner.
+	sourceGrace = 15 * time.Second
 	// meetGrace is how long a peer may take to answer for the first time before
 	// that is worth a warning: on most nodes all parts start at once.
 	meetGrace = 5 * time.Second
@@ -226,6 +237,9 @@ type pushedEntry struct {
 	// gen is the generation in which it changed last: an older status says
 	// nothing about it.
 	gen uint64
+	// leaves is until when the engine keeps what is placed elsewhere by now;
+	// zero: it is placed here.
+	leaves time.Time
 }
 
 type engineFailure struct {
@@ -377,6 +391,7 @@ func (l *Loop) pollSource(ctx context.Context) {
 		failures = 0
 		if back {
 			l.resend()
+			l.look()
 		}
 		l.mu.Lock()
 		fresh := !l.have || l.fromCache || d.Generation != l.desired.Generation
@@ -444,6 +459,12 @@ func (l *Loop) engineStatus(s control.Status) {
 		}
 		l.look()
 		return
+	}
+	if s.OutOfTouch && l.wantSet && !l.want.Stale {
+		// It was not heard from here for a while, as when this process was
+		// stopped: the same again is news to it.
+		l.needPush = true
+		signal(l.pushKick)
 	}
 	l.fnsGen = s.Generation
 	l.fns = make(map[string]control.FunctionStatus, len(s.Functions))

@@ -67,9 +67,11 @@ type world struct {
 	engineErr error
 	state     control.State
 	puts      int
-	version   uint64
-	refuse    map[string]v1alpha1.FunctionError // by object: how often served
-	refuseN   map[string]int
+	// outOfTouch is what the engine says until a state comes that is not stale.
+	outOfTouch bool
+	version    uint64
+	refuse     map[string]v1alpha1.FunctionError // by object: how often served
+	refuseN    map[string]int
 }
 
 func newWorld(t *testing.T) *world {
@@ -221,7 +223,7 @@ func (w *world) PutState(_ context.Context, s control.State) error {
 		return err
 	}
 	w.mu.Unlock()
-	w.do(func() { w.state = s; w.puts++; w.version++ })
+	w.do(func() { w.state = s; w.puts++; w.version++; w.outOfTouch = w.outOfTouch && s.Stale })
 	return nil
 }
 
@@ -254,7 +256,7 @@ func (w *world) Status(ctx context.Context, after uint64, wait time.Duration) (c
 }
 
 func (w *world) status() control.Status {
-	s := control.Status{Version: w.version, Generation: w.state.Generation}
+	s := control.Status{Version: w.version, Generation: w.state.Generation, OutOfTouch: w.outOfTouch}
 	for _, f := range w.state.Functions {
 		fs := control.FunctionStatus{Name: f.Name, Wanted: f.Revision, Serving: f.Revision, Progress: v1alpha1.ProgressReady,
 			Phases: []v1alpha1.Phase{{Name: "load", Milliseconds: 3}, {Name: "instantiate", Milliseconds: 1}}}
@@ -476,6 +478,42 @@ func TestOldRevisionServesUntilTheNewOneIsWarm(t *testing.T) {
 		}
 		if slices.Contains(w.pulls, digestOf("a", 0)) {
 			t.Error("an artifact to keep was pulled although nobody asked for it")
+		}
+	})
+}
+
+func TestAFunctionThatMovesAwayIsHandedOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		_, stop := w.run()
+		defer stop()
+		w.submit(want("moves", 1), want("returns", 1), want("ends", 1))
+		settle(0)
+		gone := func(name string, peers ...string) v1alpha1.DesiredFunction {
+			f := want(name)
+			f.TimeoutMS, f.Peers = 1000, peers
+			return f
+		}
+		w.submit(gone("moves", "10.0.0.2:8080"), gone("returns", "10.0.0.2:8080"), gone("ends"))
+		settle(handover / 2)
+		if w.engineHas("moves") != 1 || w.engineHas("returns") != 1 {
+			t.Error("what others may still ask for is gone at once")
+		}
+		if w.engineHas("ends") != 0 {
+			t.Error("what nobody else has is kept on a node that it is not placed on")
+		}
+		for _, name := range []string{"moves", "returns"} {
+			if r := w.last(name); r.Revision != 0 {
+				t.Errorf("it is still reported: %+v", r)
+			}
+		}
+		w.submit(gone("moves", "10.0.0.3:8080"), want("returns", 1), gone("ends"))
+		settle(handover)
+		if w.engineHas("moves") != 0 || w.engineHas("returns") != 1 {
+			t.Errorf("after the handover the engine has %d and %d", w.engineHas("moves"), w.engineHas("returns"))
+		}
+		if len(w.state.Pending) != 2 || !slices.Equal(w.state.Pending[1].Peers, []string{"10.0.0.3:8080"}) {
+			t.Errorf("pending: %+v", w.state.Pending)
 		}
 	})
 }

@@ -442,6 +442,71 @@ func TestPeersAndRoutesReachTheEngineAndReloadNothing(t *testing.T) {
 	})
 }
 
+func TestTheEngineIsToldWhenNobodyKnowsWhatChanged(t *testing.T) {
+	cache := filepath.Join(t.TempDir(), "desired.json")
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		withCache := func(o *Options) { o.CachePath = cache }
+		_, stop := w.run(withCache)
+		// The loop goes on by itself between two looks.
+		told := func() (s control.State, puts int, outOfTouch bool) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.state, w.puts, w.outOfTouch
+		}
+		w.do(func() {
+			w.desired = v1alpha1.Desired{Generation: 1, Functions: []v1alpha1.DesiredFunction{want("a", 1)}, Gateways: []string{"10.0.0.9:8080"}}
+		})
+		settle(0)
+		first, puts, _ := told()
+		if first.Stale || len(first.Gateways) != 1 {
+			t.Errorf("%+v", first)
+		}
+		// Replicas of the API are replaced sooner than that.
+		w.do(func() { w.apiErr = errors.New("connection refused") })
+		settle(sourceGrace - tick)
+		if s, _, _ := told(); s.Stale {
+			t.Error("told too early")
+		}
+		settle(3 * tick)
+		if s, n, _ := told(); !s.Stale || s.Generation != first.Generation || n != puts+1 {
+			t.Errorf("%d puts, %+v", n-puts, s)
+		}
+		// An engine that says it is out of touch is not told the same again and again.
+		w.do(func() { w.outOfTouch = true; w.version++ })
+		settle(time.Minute)
+		if _, n, _ := told(); n != puts+1 {
+			t.Errorf("%d puts", n-puts)
+		}
+		w.do(func() { w.apiErr = nil; w.outOfTouch = false })
+		settle(time.Minute)
+		if s, n, _ := told(); s.Stale || n != puts+2 {
+			t.Errorf("%d puts, %+v", n-puts, s)
+		}
+		// As after a pause of this process.
+		w.do(func() { w.outOfTouch = true; w.version++ })
+		settle(0)
+		if s, n, lost := told(); n != puts+3 || s.Generation != first.Generation || lost {
+			t.Errorf("%d puts, %+v", n-puts, s)
+		}
+		stop()
+
+		// What was kept from before is stale until the API answers.
+		w.do(func() { w.apiErr = errors.New("connection refused"); w.state = control.State{} })
+		_, stop = w.run(withCache)
+		defer stop()
+		settle(0)
+		if s, _, _ := told(); !s.Stale || len(s.Functions) != 1 || len(s.Gateways) != 1 {
+			t.Errorf("%+v", s)
+		}
+		w.do(func() { w.apiErr = nil })
+		settle(tick)
+		if s, _, _ := told(); s.Stale {
+			t.Error("still stale")
+		}
+	})
+}
+
 func TestReportOfAFleetComesAgainNowAndThen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

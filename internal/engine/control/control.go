@@ -54,6 +54,12 @@ type State struct {
 	Pending []Pending `json:"pending,omitempty"`
 	// BaseDomain replaces the one the engine was started with while it is set.
 	BaseDomain string `json:"baseDomain,omitempty"`
+	// Gateways are those (IP address:port) of other nodes' engines, which are
+	// asked what changed since when this one is out of touch.
+	Gateways []string `json:"gateways,omitempty"`
+	// Stale says that the agent itself does not know what changed lately: the
+	// engine is out of touch as if there were no agent.
+	Stale bool `json:"stale,omitempty"`
 }
 
 // Pending is a function that this node cannot answer for: it is on its way
@@ -112,7 +118,10 @@ type Status struct {
 	Version uint64 `json:"version"`
 	// Generation is the last accepted State's, 0 when none was since start:
 	// the agent sees 0 and sends its State again.
-	Generation uint64           `json:"generation"`
+	Generation uint64 `json:"generation"`
+	// OutOfTouch says that no agent was heard of for a while, or only a stale
+	// State: the next that is not ends it, even if it says the same.
+	OutOfTouch bool             `json:"outOfTouch,omitempty"`
 	Functions  []FunctionStatus `json:"functions"`
 	Workers    []WorkerStatus   `json:"workers"`
 }
