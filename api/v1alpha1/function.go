@@ -102,9 +102,13 @@ type Function struct {
 	UpdatedAt time.Time `json:"updatedAt"`
 	// Error says why State is failed.
 	Error *FunctionError `json:"error,omitempty"`
+	// Warnings are what is not as it was asked for whatever State is, such as a
+	// host that does not lead to the function.
+	Warnings []FunctionError `json:"warnings,omitempty"`
 }
 
-// FunctionError is a failure of a revision on its way to being served.
+// FunctionError is a failure of a revision on its way to being served, or a
+// warning about one.
 type FunctionError struct {
 	// Code is stable, kebab-case, and is the last segment of a problem type.
 	Code string `json:"code"`

@@ -28,6 +28,7 @@ import (
 	"github.com/hearth-sh/hearth/internal/health"
 	"github.com/hearth-sh/hearth/internal/localsocket"
 	"github.com/hearth-sh/hearth/internal/submit"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 var update = flag.Bool("update", false, "write golden files and docs/cli.md")
@@ -537,7 +538,7 @@ func TestSubmitBuildsAGoDirectory(t *testing.T) {
 		t.Skip("builds for wasip1")
 	}
 	if _, err := exec.LookPath("go"); err != nil {
-		t.Skip("no go command")
+		needs.Missing(t, "no go command: %v", err)
 	}
 	a := newFakeAPI(t)
 	dir := filepath.Join(t.TempDir(), "greeter")

@@ -280,6 +280,41 @@ func TestFunctionOfAClusterShowsItsNodes(t *testing.T) {
 	golden(t, "cluster-functions", text)
 }
 
+// TestAFunctionWithoutAURLIsSaidToHaveNone: nobody is handed a blank to copy.
+func TestAFunctionWithoutAURLIsSaidToHaveNone(t *testing.T) {
+	const why = "the load balancer has only a name"
+	f := sample()
+	f.URL, f.PathURL, f.Warm, f.State = "", "", "1/1", v1alpha1.StateReady
+	f.Warnings = []v1alpha1.FunctionError{{Code: "no-base-domain", Detail: why}}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		w.Header().Set("Content-Type", "application/json")
+		if r.URL.Path == "/v1/functions" {
+			_ = json.NewEncoder(w).Encode(v1alpha1.FunctionList{Items: []v1alpha1.Function{f}})
+			return
+		}
+		_ = json.NewEncoder(w).Encode(f)
+	}))
+	defer server.Close()
+	for _, c := range []struct {
+		args           []string
+		code           int
+		stdout, stderr string // to be found there
+	}{
+		{[]string{"submit", wasmFile(t, "hello.wasm")}, 0, "no URL leads to it yet", "warning: " + why},
+		{[]string{"submit", "-o", "json", wasmFile(t, "hello.wasm")}, 0, `"warnings"`, "warning: " + why},
+		{[]string{"functions", "get", "hello"}, 0, why, ""},
+		{[]string{"functions", "list"}, 0, " -\n", ""},
+		{[]string{"open", "hello"}, exitNotReady, "", why},
+		{[]string{"invoke", "hello"}, exitNotReady, "", why},
+	} {
+		got := execute(t, t.Context(), "", append(c.args, "--api", server.URL)...)
+		if got.code != c.code || !strings.Contains(got.stdout, c.stdout) || !strings.Contains(got.stderr, c.stderr) || strings.Contains(got.stdout, "curl") {
+			t.Errorf("%v: %+v", c.args, got)
+		}
+	}
+}
+
 func TestTokensOnTheirWay(t *testing.T) {
 	for target, want := range map[string]bool{
 		"http://127.0.0.1:8080": false, "http://localhost:1": false, "http://hearth.localhost": false, "http://[::1]:80": false,

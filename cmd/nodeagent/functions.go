@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -174,7 +175,7 @@ func functionsList(c *cli.Context) error {
 		fprintf(table, "NAME\t%s\tREVISION\t%sTENANT\tCHANGED\tURL\n", t.paint(plain, "STATE"), warm("WARM\tRUNTIME"))
 		for _, f := range list.Items {
 			fprintf(table, "%s\t%s\t%s\t%s%s\t%s\t%s\n", printable(f.Name), t.paint(stateColour(string(f.State)), printable(string(f.State))),
-				revisionText(f), warm(printable(f.Warm)+"\t"+runtimeText(f.Settings)), printable(f.Tenant), age(now, f.UpdatedAt), printable(f.URL))
+				revisionText(f), warm(printable(f.Warm)+"\t"+runtimeText(f.Settings)), printable(f.Tenant), age(now, f.UpdatedAt), cmp.Or(printable(f.URL), "-"))
 		}
 		return table.Flush()
 	})
@@ -229,7 +230,14 @@ func printFunction(w io.Writer, f v1alpha1.Function, changed string) {
 	if f.Error != nil {
 		row("error", printable(f.Error.Code+": "+f.Error.Detail))
 	}
-	row("url", printable(f.URL))
+	for i, warning := range f.Warnings {
+		row(firstOnly(i, "warning"), printable(warning.Code+": "+warning.Detail))
+	}
+	if f.URL == "" {
+		row("url", "none yet")
+	} else {
+		row("url", printable(f.URL))
+	}
 	if f.PathURL != "" {
 		row("", printable(f.PathURL))
 	}

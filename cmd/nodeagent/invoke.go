@@ -28,7 +28,7 @@ func invokeCommand() *cli.Command {
 		Name:      "invoke",
 		Usage:     "send one request to a function and print its answer",
 		ArgsUsage: "NAME [PATH]",
-		Description: "On one machine the request goes through the gateway by path, so no name has to resolve; on a cluster it goes to the function's URL. The body goes to stdout as it is; " +
+		Description: "On one machine the request goes through the gateway by path, so no name has to resolve; on a cluster it goes to the function's URL, whose name has to resolve unless its address is written in it (nip.io, sslip.io). The body goes to stdout as it is; " +
 			"the exit code tells the status: 0 for 2xx and 3xx, 8 for 4xx, 9 for 5xx.\n\n" +
 			"Examples:\n" +
 			"   nodeagent invoke hello\n" +
@@ -139,11 +139,24 @@ func routeTo(ctx context.Context, cl *connection, name string) (route, error) {
 		return r, err
 	case f.PathURL != "" && !cl.choice.Cluster:
 		return r, nil
-	case f.URL == "":
-		return r, fail(exitNotReady, printable(name)+" has no URL yet: it is "+printable(string(f.State)), "`nodeagent functions get "+name+"` says how far it is")
 	}
-	r.url = f.URL
+	if r.url = f.URL; r.url != "" {
+		return r, nil
+	}
+	// A custom host does where there is no domain for all.
+	if f.Settings.Host == "" {
+		return r, noURL(f)
+	}
+	r.url = "http://" + f.Settings.Host
 	return r, nil
+}
+
+// noURL says why no URL leads to a function.
+func noURL(f v1alpha1.Function) error {
+	for _, w := range f.Warnings {
+		return fail(exitNotReady, printable(f.Name)+" has no URL: "+printable(w.Detail), "")
+	}
+	return fail(exitNotReady, printable(f.Name)+" has no URL yet: it is "+printable(string(f.State)), "`nodeagent functions get "+printable(f.Name)+"` says how far it is")
 }
 
 // send sends the request; the caller closes the answer's body.

@@ -38,6 +38,9 @@ func openAction(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		if f.URL == "" {
+			return noURL(f)
+		}
 		fprintf(c.App.Writer, "%s\n", printable(f.URL))
 		if f.ActiveRevision == 0 {
 			fprintf(c.App.ErrWriter, "%s does not answer yet: it is %s\n", printable(name), printable(string(f.State)))

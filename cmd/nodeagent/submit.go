@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -200,6 +201,7 @@ func reportChange(c *cli.Context, f v1alpha1.Function, o outcome) error {
 	} else {
 		printChange(c.App.Writer, f, o)
 	}
+	printWarnings(c.App.ErrWriter, f)
 	switch f.State {
 	case v1alpha1.StateReady:
 		return nil
@@ -217,7 +219,11 @@ func reportChange(c *cli.Context, f v1alpha1.Function, o outcome) error {
 	if o.wait <= 0 {
 		return nil // that is what was asked for
 	}
-	return fail(exitNotReady, fmt.Sprintf("revision %d of %s is durable but not ready after %s", f.Revision, f.Name, humanDuration(o.wait)),
+	why := ""
+	if f.Error != nil {
+		why = ": " + printable(strings.TrimSuffix(f.Error.Detail, "."))
+	}
+	return fail(exitNotReady, fmt.Sprintf("revision %d of %s is durable but not ready after %s%s", f.Revision, f.Name, humanDuration(o.wait), why),
 		"see how far it is with `nodeagent functions get "+f.Name+"`")
 }
 
@@ -234,9 +240,12 @@ func printChange(w io.Writer, f v1alpha1.Function, o outcome) {
 	default:
 		fprintf(w, "%s is %s: revision %d\n", name, t.paint(green, "ready"), f.Revision)
 	}
-	fprintf(w, "\n  %s\n", printable(f.URL))
-	if f.PathURL != "" && f.PathURL != f.URL {
-		fprintf(w, "  %s\n", printable(f.PathURL))
+	fprintf(w, "\n")
+	for _, url := range addresses(f) {
+		fprintf(w, "  %s\n", printable(url))
+	}
+	if len(addresses(f)) == 0 {
+		fprintf(w, "  no URL leads to it yet\n")
 	}
 	fprintf(w, "\n")
 	table := newTable(w)
@@ -254,13 +263,54 @@ func printChange(w io.Writer, f v1alpha1.Function, o outcome) {
 		fprintf(table, "  time\t%s\n", phaseLine(f.Phases))
 	}
 	_ = table.Flush()
-	fprintf(w, "\nTry next:\n  curl %s\n  nodeagent logs %s --follow\n", printable(f.URL), name)
+	fprintf(w, "\nTry next:\n")
+	if urls := addresses(f); len(urls) > 0 {
+		fprintf(w, "  curl %s\n", printable(urls[0]))
+	} else {
+		fprintf(w, "  nodeagent functions get %s\n", name)
+	}
+	fprintf(w, "  nodeagent logs %s --follow\n", name)
 	if f.Revision > 1 {
 		fprintf(w, "  nodeagent functions rollback %s\n", name)
 	}
 }
 
+// addresses are the URLs of a function, the best one first. A function of a
+// cluster has none while nobody knows a domain for it, unless it has a host of
+// its own.
+func addresses(f v1alpha1.Function) []string {
+	var urls []string
+	for _, url := range []string{f.URL, f.PathURL, hostURL(f.Settings)} {
+		if url != "" && !slices.Contains(urls, url) {
+			urls = append(urls, url)
+		}
+	}
+	return urls
+}
+
+func hostURL(s v1alpha1.Settings) string {
+	if s.Host == "" {
+		return ""
+	}
+	route := "/"
+	if len(s.Routes) > 0 {
+		route = s.Routes[0]
+	}
+	return "http://" + s.Host + route
+}
+
+// printWarnings says what is not as it was asked for.
+func printWarnings(w io.Writer, f v1alpha1.Function) {
+	t := terminalOf(w)
+	for _, warning := range f.Warnings {
+		fprintf(w, "%s %s\n", t.paint(yellow, "warning:"), printable(warning.Detail))
+	}
+}
+
 func limitsLine(s v1alpha1.Settings) string {
+	if s.Runtime == v1alpha1.RuntimeSpin { // which knows no deadline of a request
+		return fmt.Sprintf("%d MiB, %d at once", s.MemoryMiB, s.Concurrency)
+	}
 	return fmt.Sprintf("%d MiB, %s a request, %d at once", s.MemoryMiB, humanDuration(time.Duration(s.TimeoutMS)*time.Millisecond), s.Concurrency)
 }
 

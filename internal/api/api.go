@@ -68,6 +68,10 @@ type Options struct {
 	// nowhere, only images that are in a registry already can be submitted.
 	Registry          string
 	RegistryPlainHTTP bool
+	// RegistryConfig is a file of credentials for registries as
+	// registry.ConfigKeychain takes it, read for each use; empty: those of this
+	// process's user.
+	RegistryConfig string
 	// Metadata is where the instance's role gets credentials for ECR; nil: not
 	// an EC2 instance, or not to be asked.
 	Metadata *imds.Client
@@ -150,9 +154,13 @@ func (a *api) publisher(ctx context.Context) (submit.Publisher, error) {
 	if a.o.Registry == "" {
 		host = noRegistry
 	}
+	var keychain authn.Keychain = authn.DefaultKeychain
+	if a.o.RegistryConfig != "" {
+		keychain = registry.ConfigKeychain(a.o.RegistryConfig)
+	}
 	options := registry.ClientOptions{
 		Registry: host, PlainHTTP: a.o.RegistryPlainHTTP, Logger: a.log,
-		Keychain: authn.DefaultKeychain, RegistryKeychain: authn.DefaultKeychain,
+		Keychain: keychain, RegistryKeychain: keychain,
 	}
 	target := publish.Options{RepositoryPrefix: strings.TrimSuffix(prefix, "/") + "/", Tenants: true, DigestTags: true, Located: true}
 	if prefix == "" {
@@ -167,7 +175,7 @@ func (a *api) publisher(ctx context.Context) (submit.Publisher, error) {
 			return nil, err
 		}
 		a.closers = append(a.closers, func() error { tokens.Close(); return nil })
-		keychain := authn.NewMultiKeychain(tokens.Keychain(), authn.DefaultKeychain)
+		keychain = authn.NewMultiKeychain(tokens.Keychain(), keychain)
 		options.Keychain, options.RegistryKeychain, options.Rejected = keychain, keychain, tokens.Rejected
 		if target.Repositories, err = tokens.Repositories(ecr.RepositoryOptions{}); err != nil {
 			return nil, err

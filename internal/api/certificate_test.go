@@ -4,62 +4,26 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"log/slog"
 	"os"
 	"sync"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/hearth-sh/hearth/test/cluster"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	shared.mu.Lock()
-	if shared.cluster != nil {
-		if err := shared.cluster.Close(); err != nil {
-			println(err.Error())
-			code = 1
-		}
-	}
-	shared.mu.Unlock()
-	if err := goleak.Find(); err != nil && code == 0 {
-		println(err.Error())
-		code = 1
-	}
-	os.Exit(code)
-}
+// shared is one cluster for all tests of the package, without nodes.
+var shared = cluster.Shared{Start: func(ctx context.Context) (*cluster.Cluster, error) {
+	return cluster.New(ctx, cluster.Options{ControlPlaneOnly: true})
+}}
 
-var shared struct {
-	mu      sync.Mutex
-	cluster *cluster.Cluster
-	err     error
-}
+func TestMain(m *testing.M) { os.Exit(shared.Main(m)) }
 
-// realCluster is one for all tests of the package, without nodes.
-func realCluster(t *testing.T) *cluster.Cluster {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a real API server")
-	}
-	shared.mu.Lock()
-	defer shared.mu.Unlock()
-	if shared.cluster == nil && shared.err == nil {
-		shared.cluster, shared.err = cluster.New(context.Background(), cluster.Options{ControlPlaneOnly: true})
-	}
-	if errors.Is(shared.err, cluster.ErrCannotRun) && os.Getenv("CI") == "" {
-		t.Skip(shared.err)
-	}
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.cluster
-}
+func realCluster(t *testing.T) *cluster.Cluster { t.Helper(); return shared.Need(t) }
 
 // newNamespace makes one for the test.
 func newNamespace(t *testing.T, c *cluster.Cluster) string {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -45,6 +46,12 @@ const (
 type queue struct {
 	functions workqueue.TypedRateLimitingInterface[types.NamespacedName]
 	hosts     chan struct{} // of capacity 1
+	// told is what functions' statuses say of hosts that do not lead to them
+	// (types.NamespacedName to string), by whichever leader: the one that said
+	// it may be gone when it is so no longer.
+	told sync.Map
+	// waiting are functions without room in their tenant's quota.
+	waiting waiting
 }
 
 func (q *queue) pokeHosts() {
@@ -88,6 +95,9 @@ func (a *api) duties(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	a.queue.Store(q)
 	defer a.queue.Store(nil)
+	a.metrics.leader.Set(1)
+	defer a.metrics.leader.Set(0)
+	defer a.metrics.queue.Set(0)
 	unsubscribe := a.store.Subscribe(func(namespace, name string) {
 		q.functions.Add(types.NamespacedName{Namespace: namespace, Name: name})
 	})
@@ -125,7 +135,10 @@ func (a *api) next(ctx context.Context, q *queue, spin *deploy.Spin) bool {
 		return false
 	}
 	defer q.functions.Done(key)
+	a.metrics.queue.Set(float64(q.functions.Len()))
+	began := time.Now()
 	again, err := a.reconcile(ctx, q, spin, key)
+	a.metrics.passed(dutyFunctions, began, err, ctx.Err() != nil)
 	switch {
 	case ctx.Err() != nil:
 	case err != nil:
@@ -150,23 +163,63 @@ func (a *api) reconcile(ctx context.Context, q *queue, spin *deploy.Spin, key ty
 	f, revisions, err := a.store.Function(key.Namespace, key.Name)
 	if errors.Is(err, function.ErrNotFound) {
 		q.pokeHosts() // what was made of it goes by its owner references
+		a.madeRoom(q, key)
 		return 0, nil
 	}
 	if err != nil {
 		return 0, err
 	}
-	if len(revisions) == 0 || f.Status.ObservedGeneration != f.Generation || f.Status.URL != a.wantedURL(key) {
-		if err := a.store.Adopt(ctx, key.Namespace, key.Name); err != nil {
+	var again time.Duration
+	if len(revisions) == 0 || f.Status.ObservedGeneration != f.Generation || f.Status.URL != a.wantedURL(key) || !clusterstore.Recorded(f) {
+		if again, err = a.adopt(ctx, q, key); err != nil {
 			return 0, err
 		}
 	}
-	if f.Spec.Host != "" || said(f, clusterstore.NodeIngress) != nil || said(f, deploy.NodeName) != nil {
+	host := said(f, clusterstore.NodeIngress)
+	if host != nil && host.Error != nil {
+		q.told.LoadOrStore(key, host.Error.Detail)
+	}
+	if f.Spec.Host != "" || host != nil || said(f, deploy.NodeName) != nil {
 		q.pokeHosts()
 	}
 	if f.Spec.Runtime != v1alpha1.RuntimeSpin && said(f, deploy.NodeName) == nil {
-		return 0, nil
+		return again, nil
 	}
-	return a.rollOut(ctx, spin, key)
+	after, err := a.rollOut(ctx, spin, key)
+	if again > 0 && (after == 0 || again < after) {
+		after = again
+	}
+	return after, err
+}
+
+// adopt has a function recorded that was applied, and says when to try again
+// where it is not taken on for now.
+func (a *api) adopt(ctx context.Context, q *queue, key types.NamespacedName) (time.Duration, error) {
+	err := a.store.Adopt(withWake(ctx, func() { q.functions.Add(key) }), key.Namespace, key.Name)
+	var refused *clusterstore.Refusal
+	isRefused := errors.As(err, &refused)
+	if isRefused && refused.Reason == reasonQuotaExceeded {
+		return q.waiting.add(key.Namespace, key.Name), nil
+	}
+	q.waiting.remove(key.Namespace, key.Name)
+	switch {
+	case errors.Is(err, errInspecting):
+		return 0, nil // there will be a call
+	case isRefused:
+		return refused.Retry, nil
+	}
+	return 0, err
+}
+
+// madeRoom has functions looked at that waited for one of their tenant to go.
+func (a *api) madeRoom(q *queue, gone types.NamespacedName) {
+	q.waiting.remove(gone.Namespace, gone.Name)
+	if server := a.submit.Load(); server != nil {
+		server.Gone(gone.Namespace, gone.Name)
+	}
+	for _, name := range q.waiting.some(gone.Namespace) {
+		q.functions.Add(types.NamespacedName{Namespace: gone.Namespace, Name: name})
+	}
 }
 
 func (a *api) wantedURL(key types.NamespacedName) string {
@@ -194,7 +247,9 @@ func (a *api) rollOut(ctx context.Context, spin *deploy.Spin, key types.Namespac
 	if r.Previous != nil && r.Previous.Spec.Runtime == v1alpha1.RuntimeSpin { // else it is the engines'
 		in.Previous = &deploy.Revision{Number: r.Previous.Number, Spec: r.Previous.Spec}
 	}
+	began := time.Now()
 	out, err := spin.Reconcile(ctx, in)
+	a.metrics.passed(dutyRollout, began, err, ctx.Err() != nil)
 	if out.Removed {
 		err = errors.Join(err, a.store.Unobserve(ctx, key.Namespace, key.Name, deploy.NodeName))
 	}
@@ -265,7 +320,6 @@ func said(f *kube.Function, name string) *v1alpha1.FunctionNode {
 // lookAfterHosts keeps the Ingresses of resident functions as they should be.
 func (a *api) lookAfterHosts(ctx context.Context, q *queue) {
 	hosts := deploy.NewHosts(a.cluster)
-	problems := map[types.NamespacedName]string{}
 	var again <-chan time.Time
 	for {
 		select {
@@ -275,6 +329,7 @@ func (a *api) lookAfterHosts(ctx context.Context, q *queue) {
 		case <-again:
 		}
 		pause(ctx, hostsPause)
+		began := time.Now()
 		residents, err := a.residents()
 		after := hostsRetry
 		if err == nil {
@@ -282,8 +337,9 @@ func (a *api) lookAfterHosts(ctx context.Context, q *queue) {
 			if out, err = hosts.Reconcile(ctx, residents); err == nil {
 				after = out.RequeueAfter
 			}
-			a.tellHosts(ctx, problems, out.Problems)
+			a.tellHosts(ctx, &q.told, out.Problems)
 		}
+		a.metrics.passed(dutyHosts, began, err, ctx.Err() != nil)
 		if err != nil && ctx.Err() == nil {
 			a.log.Warn("the ways to functions were not all made", "error", err)
 		}
@@ -306,9 +362,10 @@ func (a *api) residents() ([]deploy.Resident, error) {
 
 // tellHosts says in functions' statuses which hosts do not lead to them, and
 // takes back what is so no longer. told is what was said before.
-func (a *api) tellHosts(ctx context.Context, told map[types.NamespacedName]string, problems map[types.NamespacedName]error) {
+func (a *api) tellHosts(ctx context.Context, told *sync.Map, problems map[types.NamespacedName]error) {
 	for key, problem := range problems {
-		if told[key] == problem.Error() {
+		says := deploy.FunctionError(problem)
+		if before, _ := told.Load(key); before == says.Detail {
 			continue
 		}
 		f, _, err := a.store.Function(key.Namespace, key.Name)
@@ -317,22 +374,24 @@ func (a *api) tellHosts(ctx context.Context, told map[types.NamespacedName]strin
 		}
 		n := v1alpha1.FunctionNode{
 			Name: clusterstore.NodeIngress, Revision: f.Status.Revision, Progress: v1alpha1.ProgressQueued, Retrying: true,
-			Error: &v1alpha1.FunctionError{Code: "host-taken", Detail: problem.Error()},
+			Error: says,
 		}
 		if err := a.store.Observe(ctx, key.Namespace, key.Name, n, nil); err != nil {
-			a.log.Warn("a function was not told that its host is taken", "namespace", key.Namespace, "function", key.Name, "error", err)
+			a.log.Warn("a function was not told that a host does not lead to it", "namespace", key.Namespace, "function", key.Name, "error", err)
 			continue
 		}
-		told[key] = problem.Error()
+		told.Store(key, says.Detail)
 	}
-	for key := range told {
+	told.Range(func(k, _ any) bool {
+		key, _ := k.(types.NamespacedName)
 		if _, still := problems[key]; still {
-			continue
+			return true
 		}
-		if err := a.store.Unobserve(ctx, key.Namespace, key.Name, clusterstore.NodeIngress); err == nil {
-			delete(told, key)
+		if err := a.store.Unobserve(ctx, key.Namespace, key.Name, clusterstore.NodeIngress); err == nil || errors.Is(err, function.ErrNotFound) {
+			told.Delete(key)
 		}
-	}
+		return true
+	})
 }
 
 // collect removes what nobody refers to any more.
@@ -345,7 +404,10 @@ func (a *api) collect(ctx context.Context) {
 			return
 		case <-ticker.C:
 		}
-		if err := a.store.Collect(ctx); err != nil && ctx.Err() == nil {
+		began := time.Now()
+		err := a.store.Collect(ctx)
+		a.metrics.passed(dutyCollect, began, err, ctx.Err() != nil)
+		if err != nil && ctx.Err() == nil {
 			a.log.Warn("not all that is left over was removed", "error", err)
 		}
 	}

@@ -2,15 +2,20 @@ package api
 
 import (
 	"context"
+	"io"
+	"log"
 	"log/slog"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	ggcrregistry "github.com/google/go-containerregistry/pkg/registry"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -21,6 +26,8 @@ import (
 	"github.com/hearth-sh/hearth/internal/deploy"
 	"github.com/hearth-sh/hearth/internal/function/clusterstore"
 	"github.com/hearth-sh/hearth/internal/kube"
+	"github.com/hearth-sh/hearth/internal/registry"
+	"github.com/hearth-sh/hearth/internal/submit"
 	"github.com/hearth-sh/hearth/packaging/spinkube"
 	"github.com/hearth-sh/hearth/test/cluster"
 )
@@ -35,6 +42,35 @@ type replicas struct {
 	t         *testing.T
 	c         *cluster.Cluster
 	namespace string
+	// registry is a real one, image in it.
+	registry, image string
+	// quotas of replicas that are started from now on.
+	quotas *submit.Quotas
+}
+
+// newRegistry has one module, which nobody runs, under each of the names.
+func newRegistry(t *testing.T, repositories ...string) (host string, images []string) {
+	t.Helper()
+	server := httptest.NewServer(ggcrregistry.New(ggcrregistry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(server.Close)
+	host = strings.TrimPrefix(server.URL, "http://")
+	client, err := registry.NewClient(registry.ClientOptions{Registry: host, PlainHTTP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Close)
+	module := filepath.Join(t.TempDir(), "module.wasm")
+	if err := os.WriteFile(module, append([]byte("\x00asm\x01\x00\x00\x00"), make([]byte, 992)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, repository := range repositories {
+		a, err := client.Publish(t.Context(), repository, registry.Module{Path: module}, registry.PublishOptions{Spin: registry.SpinOptions{Name: "hello"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		images = append(images, host+"/"+a.Repository+"@"+a.Digest)
+	}
+	return host, images
 }
 
 func newReplicas(t *testing.T) *replicas {
@@ -57,6 +93,8 @@ func newReplicas(t *testing.T) *replicas {
 		}
 	}
 	r := &replicas{t: t, c: c, namespace: newNamespace(t, c)}
+	host, images := newRegistry(t, "library/hello")
+	r.registry, r.image = host, images[0]
 	r.wait("functions and SpinApps to be served", func(ctx context.Context) (bool, error) {
 		_, err := c.Dynamic().Resource(kube.FunctionGVR()).List(ctx, metav1.ListOptions{})
 		_, spinErr := c.Dynamic().Resource(spinApps).List(ctx, metav1.ListOptions{})
@@ -82,7 +120,8 @@ func (r *replicas) start(name string) (stop func()) {
 		done <- Run(ctx, Options{
 			Config: r.c.RESTConfig(), Namespace: r.namespace, Instance: name,
 			Listen: "127.0.0.1:0", TLSListen: "127.0.0.1:0", TempDir: r.t.TempDir(),
-			Deploy:       deploy.Settings{BaseDomain: r.namespace + ".example"},
+			Deploy:   deploy.Settings{BaseDomain: r.namespace + ".example"},
+			Registry: r.registry, RegistryPlainHTTP: true, Quotas: r.quotas,
 			CheckCommand: []string{"/bin/false"}, Version: "test", Logger: slog.New(slog.DiscardHandler),
 		})
 	}()
@@ -121,9 +160,7 @@ func (r *replicas) apply(name, host string, runtime v1alpha1.FunctionRuntime) {
 	u := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": v1alpha1.APIVersion, "kind": kube.FunctionKind,
 		"metadata": map[string]any{"name": name, "namespace": r.namespace},
-		"spec": map[string]any{
-			"image": "registry.example/hello@sha256:" + strings.Repeat("a", 64), "runtime": string(runtime), "host": host,
-		},
+		"spec":     map[string]any{"image": r.image, "runtime": string(runtime), "host": host},
 	}}
 	if _, err := r.c.Dynamic().Resource(kube.FunctionGVR()).Namespace(r.namespace).Apply(r.t.Context(), name, u, metav1.ApplyOptions{FieldManager: "kubectl", Force: true}); err != nil {
 		r.t.Fatal(err)
@@ -261,4 +298,77 @@ func TestCustomHostLeadsToTheEnginesUntilPodsAnswer(t *testing.T) {
 	if gap {
 		t.Error("the host led nowhere for a while")
 	}
+}
+
+func TestANewLeaderTakesBackWhatTheOldOneSaidOfAHost(t *testing.T) {
+	r := newReplicas(t)
+	name, host := r.namespace+"-late", "late."+r.namespace+".test"
+	ingresses := r.c.Client().NetworkingV1().Ingresses(newNamespace(t, r.c))
+	prefix := networkingv1.PathTypePrefix
+	if _, err := ingresses.Create(t.Context(), &networkingv1.Ingress{
+		ObjectMeta: metav1.ObjectMeta{Name: "somebody-elses"},
+		Spec: networkingv1.IngressSpec{Rules: []networkingv1.IngressRule{{Host: host, IngressRuleValue: networkingv1.IngressRuleValue{
+			HTTP: &networkingv1.HTTPIngressRuleValue{Paths: []networkingv1.HTTPIngressPath{{Path: "/", PathType: &prefix, Backend: networkingv1.IngressBackend{
+				Service: &networkingv1.IngressServiceBackend{Name: "theirs", Port: networkingv1.ServiceBackendPort{Number: 80}},
+			}}}},
+		}}}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	stop := r.start("one")
+	r.apply(name, host, v1alpha1.RuntimeResident)
+	r.object(name, "told that its host is taken", func(f *kube.Function) bool {
+		n := said(f, clusterstore.NodeIngress)
+		return n != nil && n.Error != nil && strings.Contains(n.Error.Detail, host)
+	})
+	stop()
+	if err := ingresses.Delete(t.Context(), "somebody-elses", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r.start("two")
+	r.ingress("host."+host, true)
+	r.object(name, "told so no longer", func(f *kube.Function) bool { return said(f, clusterstore.NodeIngress) == nil })
+}
+
+func TestAppliedFunctionsAreHeldToTheirTenantsQuota(t *testing.T) {
+	r := newReplicas(t)
+	r.quotas = &submit.Quotas{Default: submit.Quota{Functions: 2, Bytes: 2500}}
+	r.start("one")
+	ready := func(f *kube.Function) v1alpha1.Condition {
+		for _, c := range f.Status.Conditions {
+			if c.Type == v1alpha1.ConditionReady {
+				return c
+			}
+		}
+		return v1alpha1.Condition{}
+	}
+	refused := func(reason, says string) func(*kube.Function) bool {
+		return func(f *kube.Function) bool {
+			c := ready(f)
+			return c.Reason == reason && c.Status == v1alpha1.ConditionFalse && strings.Contains(c.Message, says) && f.Status.Revision == 0
+		}
+	}
+	for _, name := range []string{"-a", "-b"} {
+		r.apply(r.namespace+name, "", v1alpha1.RuntimeResident)
+		r.object(r.namespace+name, "recorded", recorded)
+	}
+	r.apply(r.namespace+"-c", "", v1alpha1.RuntimeResident)
+	r.object(r.namespace+"-c", "refused", refused(reasonQuotaExceeded, "may have 2"))
+	r.remove(r.namespace + "-a")
+	r.object(r.namespace+"-c", "recorded, since there is room", recorded)
+
+	// Another tenant's image, and one that is not there.
+	theirs, missing := r.namespace+"-theirs", r.namespace+"-missing"
+	r.remove(r.namespace + "-b")
+	image := r.image
+	r.image = r.registry + "/functions/somebody/hello@sha256:" + strings.Repeat("a", 64)
+	r.apply(theirs, "", v1alpha1.RuntimeResident)
+	r.object(theirs, "refused", refused(reasonImageNotYours, "another tenant"))
+	r.image = r.registry + "/library/later@sha256:" + strings.Repeat("a", 64)
+	r.apply(missing, "", v1alpha1.RuntimeResident)
+	r.object(missing, "refused", refused(reasonImageUnavailable, "push it"))
+	// Neither takes a place.
+	r.image = image
+	r.apply(r.namespace+"-d", "", v1alpha1.RuntimeResident)
+	r.object(r.namespace+"-d", "recorded", recorded)
 }

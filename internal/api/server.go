@@ -19,6 +19,7 @@ import (
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/access/kubeaccess"
 	"github.com/hearth-sh/hearth/internal/deploy"
+	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/function/clusterstore"
 	"github.com/hearth-sh/hearth/internal/precompile"
 	"github.com/hearth-sh/hearth/internal/publish"
@@ -41,6 +42,7 @@ type api struct {
 	cluster     *deploy.Cluster
 	submit      atomic.Pointer[submit.Server] // nil until everything is prepared
 	queue       atomic.Pointer[queue]         // of the leader's term; nil otherwise
+	metrics     *dutyMetrics
 
 	// waiting is why the replica does not serve yet, stopping that it is about
 	// to end.
@@ -148,16 +150,23 @@ func (a *api) prepare(ctx context.Context, group *errgroup.Group) error {
 	}); err != nil {
 		return err
 	}
+	admission := newAdmission(func() admitter {
+		if server := a.submit.Load(); server != nil {
+			return server
+		}
+		return nil
+	})
 	if err := a.untilDone(ctx, "the cluster's functions", func(ctx context.Context) error {
 		a.store, err = clusterstore.New(ctx, clusterstore.Options{
 			Config: a.o.Config, Namespace: a.o.Namespace, Instance: a.o.Instance,
 			Host: a.host, BaseDomain: a.baseDomain, Logger: a.log,
+			Admission: admission, Audit: a.log.With("audit", true),
 		})
 		return err
 	}); err != nil {
 		return err
 	}
-	a.closers = append(a.closers, a.store.Close)
+	a.closers = append(a.closers, a.store.Close, admission.close)
 	a.known.Store(a.store)
 	return a.prepareSubmit(ctx)
 }
@@ -175,6 +184,9 @@ func (a *api) prepareSubmit(ctx context.Context) error {
 		return err
 	}
 	metrics := newMetrics()
+	if a.metrics, err = newDutyMetrics(metrics); err != nil {
+		return err
+	}
 	compiler := precompile.NewCompiler(precompile.CompilerOptions{Command: a.o.CheckCommand, Concurrency: checkConcurrency, Logger: a.log})
 	server, err := submit.New(submit.Options{
 		Store: a.store,
@@ -194,6 +206,7 @@ func (a *api) prepareSubmit(ctx context.Context) error {
 		NodeDesired: a.store.DesiredFor,
 
 		URLs:       a.urls,
+		Warnings:   a.warnings,
 		BaseDomain: a.baseDomain(),
 		Version:    a.o.Version,
 		TempDir:    filepath.Join(a.o.TempDir, "uploads"),
@@ -275,6 +288,26 @@ func (a *api) urls(name string) (string, string) {
 		return "", ""
 	}
 	return url, ""
+}
+
+// warnings are what a function's owner is told beside its state: that a host
+// does not lead to it, and what its runtime does not heed.
+func (a *api) warnings(f function.Function) []v1alpha1.FunctionError {
+	var out []v1alpha1.FunctionError
+	s := f.Revision.Settings
+	var err error
+	if s.Runtime == v1alpha1.RuntimeSpin {
+		_, err = a.cluster.Host(f.Tenant, f.Name) // the rest is said of its rollout
+	} else {
+		err = a.cluster.Unreached(deploy.Resident{Namespace: f.Tenant, Name: f.Name, Host: s.Host})
+	}
+	if err != nil {
+		out = append(out, *deploy.FunctionError(err))
+	}
+	if w := function.TimeoutIgnored(s.Runtime, s.TimeoutMS); w != nil {
+		out = append(out, *w)
+	}
+	return out
 }
 
 func (a *api) tenant(ctx context.Context, function string) (string, error) {

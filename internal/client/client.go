@@ -144,7 +144,9 @@ func New(o Options) (*Client, error) {
 	default:
 		return nil, fmt.Errorf("the server's URL %q has scheme %q; http, https and unix are known", o.URL, base.Scheme)
 	}
-	c.functions = &http.Client{Transport: newTransport(), CheckRedirect: noRedirect}
+	functions := newTransport()
+	functions.DialContext = dialNamed(functions.DialContext)
+	c.functions = &http.Client{Transport: functions, CheckRedirect: noRedirect}
 	if c.o.Name == "" {
 		c.o.Name = c.URL()
 	}

@@ -28,6 +28,8 @@ import (
 const (
 	spinAPIVersion = "core.spinkube.dev/v1alpha1"
 	kedaAPIVersion = "keda.sh/v1alpha1"
+	// scaledObjectKind is KEDA's autoscaler.
+	scaledObjectKind = "ScaledObject"
 
 	// A reconciliation makes about five requests; a leader that just began
 	// makes those of every function.
@@ -300,6 +302,24 @@ func (c *Cluster) URL(namespace, name string) (string, error) {
 		return "", err
 	}
 	return "http://" + host + "/", nil
+}
+
+// Unreached returns why the own host of a resident function, or its custom one,
+// does not lead to it: the errors of HostsOutcome.Problems, without a request.
+// nil: both do, or will in a moment.
+func (c *Cluster) Unreached(f Resident) error {
+	own, err := c.Host(f.Namespace, f.Name)
+	if err == nil {
+		err = c.TakenBy(own, time.Time{}) // an exact host wins over a wildcard, whoever came first
+	}
+	if err != nil || f.Host == "" {
+		return err
+	}
+	var since time.Time
+	if live := c.cachedIngress(c.o.Namespace, hostIngressName(f.Host)); live != nil {
+		since = live.CreationTimestamp.Time
+	}
+	return c.TakenBy(f.Host, since)
 }
 
 // TakenBy returns a *HostTakenError where an Ingress of somebody else has the

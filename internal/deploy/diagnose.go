@@ -150,9 +150,17 @@ func (e evidence) pod(p *corev1.Pod) *failure {
 	return nil
 }
 
-// goneLogs begins the kubelet's answer, sent as if it were the log, where the
-// container was removed since its state was told.
-const goneLogs = "unable to retrieve container logs for "
+// goneLogs begin the kubelet's answers, sent as if they were the log, where the
+// container or its log file was removed since its state was told.
+var goneLogs = []string{
+	"unable to retrieve container logs for ",
+	"failed to try resolving symlinks in path ", // cri-client, pkg/logs
+	"failed to open log file ",
+}
+
+func logsGone(words string) bool {
+	return slices.ContainsFunc(goneLogs, func(prefix string) bool { return strings.HasPrefix(words, prefix) })
+}
 
 // noHandler is containerd's answer where a node has no such runtime handler.
 var noHandler = regexp.MustCompile(`no runtime for "?([^"\s]+)"? is configured`)

@@ -130,3 +130,16 @@ func TestAnOutageDoesNotMakeARevisionOneThatNeverAnswered(t *testing.T) {
 		}
 	}
 }
+
+func TestTheKubeletsWordsAboutALogThatIsGoneAreNotTheFunctions(t *testing.T) {
+	for words, gone := range map[string]bool{
+		"unable to retrieve container logs for containerd://0f": true,
+		`failed to try resolving symlinks in path "/var/log/pods/team_fn_1/fn/2.log": lstat /var/log/pods/team_fn_1/fn/2.log: no such file or directory`: true,
+		`failed to open log file "/var/log/pods/team_fn_1/fn/2.log": no such file or directory`:                                                          true,
+		"failed to open my own file": false, "": false,
+	} {
+		if got := logsGone(words); got != gone {
+			t.Errorf("%q: %t", words, got)
+		}
+	}
+}

@@ -52,6 +52,8 @@ const (
 	CodeEnvUnsupported = "env-unsupported"
 	// CodeExecutorUnusable: the namespace's executor makes no Deployments.
 	CodeExecutorUnusable = "executor-unusable"
+	// CodeAutoscaler: the function answers, but its autoscaler does nothing.
+	CodeAutoscaler = "autoscaler-idle"
 	// CodeCluster: the API server did not do what it was asked.
 	CodeCluster = "cluster-error"
 )
@@ -166,8 +168,9 @@ func (e *ExecutorError) Error() string {
 	return fmt.Sprintf("SpinAppExecutor %s/%s, which is not Hearth's, %s; change it, or delete it and a fitting one is made", e.Namespace, e.Name, e.Problem)
 }
 
-// functionError tells err to people who look at the function.
-func functionError(err error) *v1alpha1.FunctionError {
+// FunctionError tells err, which is one of this package's, to people who look at
+// the function.
+func FunctionError(err error) *v1alpha1.FunctionError {
 	var (
 		crd      *MissingCRDError
 		conflict *ConflictError

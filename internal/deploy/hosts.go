@@ -35,7 +35,7 @@ type HostsOutcome struct {
 	BaseDomain    string
 	BaseDomainErr error
 	// Problems are functions that a host does not lead to, each with a
-	// *HostTakenError or *HostNameError: condition Ready=False, reason HostTaken.
+	// *HostTakenError, *HostNameError, *NoBaseDomainError or ErrNoAddress.
 	Problems map[types.NamespacedName]error
 	// RequeueAfter is when to call again at the latest.
 	RequeueAfter time.Duration
@@ -129,6 +129,12 @@ func (h *Hosts) wildcard(ctx context.Context, functions []Resident, out *HostsOu
 	}
 	for _, f := range functions {
 		w, err := t.Wildcard(f.Namespace, base)
+		if err == nil && out.BaseDomain == "" && t.NeedsBase() {
+			// Engines have it, and nobody can ask for it: its owner is told.
+			hosts[w] = true
+			out.Problems[types.NamespacedName{Namespace: f.Namespace, Name: f.Name}] = out.BaseDomainErr
+			continue
+		}
 		if err == nil {
 			hosts[w] = true
 			var host string

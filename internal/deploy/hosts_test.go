@@ -125,7 +125,8 @@ func TestTheBaseDomainFollowsTheLoadBalancer(t *testing.T) {
 	}
 	functions := []deploy.Resident{{Namespace: l.namespace, Name: "fn"}}
 	out := l.reconcileHosts(functions, "the wildcard to be made", func(deploy.HostsOutcome) bool { return true })
-	if !errors.Is(out.BaseDomainErr, deploy.ErrNoAddress) {
+	key := types.NamespacedName{Namespace: l.namespace, Name: "fn"}
+	if !errors.Is(out.BaseDomainErr, deploy.ErrNoAddress) || !errors.Is(out.Problems[key], deploy.ErrNoAddress) {
 		t.Errorf("got %+v", out)
 	}
 	set := func(a networkingv1.IngressLoadBalancerIngress) {
@@ -145,10 +146,16 @@ func TestTheBaseDomainFollowsTheLoadBalancer(t *testing.T) {
 	if !strings.Contains(names.Error(), "the value baseDomain") {
 		t.Errorf("got %v", names)
 	}
+	if err := l.deploy.Unreached(functions[0]); !errors.As(err, &names) || deploy.FunctionError(err).Code != deploy.CodeNoBaseDomain {
+		t.Errorf("its owner is told %v", err)
+	}
 	set(networkingv1.IngressLoadBalancerIngress{IP: "203.0.113.7"})
 	l.reconcileHosts(functions, "the address to be seen", func(o deploy.HostsOutcome) bool { return o.BaseDomain == "203.0.113.7.nip.io" })
 	if host := l.systemIngress(deploy.WildcardIngress).Spec.Rules[0].Host; host != "*.203.0.113.7.nip.io" {
 		t.Errorf("the wildcard is for %s", host)
+	}
+	if err := l.deploy.Unreached(functions[0]); err != nil {
+		t.Errorf("its owner is still told %v", err)
 	}
 	if url, err := l.deploy.URL(l.namespace, "user1"); err != nil || url != "http://user1.203.0.113.7.nip.io/" {
 		t.Errorf("URL %s, %v", url, err)

@@ -2,19 +2,16 @@ package deploy_test
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"net/http"
 	"os"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -47,8 +44,6 @@ const (
 // bench is the one real cluster of this package, with one node, SpinKube's
 // definitions and a stand-in for its operator.
 type bench struct {
-	once     sync.Once
-	err      error
 	cluster  *cluster.Cluster
 	operator *operatortest.Operator
 	registry *cluster.Registry
@@ -58,57 +53,42 @@ type bench struct {
 	without error
 }
 
-var shared bench
+var (
+	theBench bench
+	shared   = cluster.Shared{
+		Start: func(ctx context.Context) (*cluster.Cluster, error) {
+			err := theBench.setUp(ctx)
+			return theBench.cluster, err
+		},
+		Close: func() {
+			if theBench.operator != nil {
+				theBench.operator.Close()
+			}
+		},
+	}
+)
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
+func TestMain(m *testing.M) {
 	flag.Parse()
 	chosen := false
 	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
 	if !chosen {
 		if err := flag.Set("test.parallel", atOnce); err != nil {
 			fmt.Fprintln(os.Stderr, err)
-			return 1
+			os.Exit(1)
 		}
 	}
-	code := m.Run()
-	if shared.operator != nil {
-		shared.operator.Close()
-	}
-	if c := shared.cluster; c != nil {
-		if code != 0 {
-			c.DumpLogs(os.Stderr)
-		}
-		if err := c.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	if err := goleak.Find(); err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	return code
+	os.Exit(shared.Main(m))
 }
 
 func realCluster(t *testing.T) *bench {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a real cluster")
-	}
-	shared.once.Do(func() { shared.err = shared.setUp(context.Background()) })
-	if errors.Is(shared.err, cluster.ErrCannotRun) && os.Getenv("CI") == "" {
-		t.Skip(shared.err)
-	}
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return &shared
+	shared.Need(t)
+	return &theBench
 }
 
 func (b *bench) setUp(ctx context.Context) error {
-	if err := cluster.Check(); err != nil {
+	if err := cluster.Check(); err != nil { // before minutes of building
 		return err
 	}
 	shim, err := shims.Compile(ctx, os.Stderr)

@@ -73,7 +73,7 @@ const (
 	// image pull on a small node fits in, a person's patience too.
 	DefaultProgressDeadline = 2 * time.Minute
 	// DefaultBaseDomainSetting is where the base domain is set.
-	DefaultBaseDomainSetting = "--base-domain (chart value baseDomain)"
+	DefaultBaseDomainSetting = "the chart's value engine.baseDomain (--base-domain of the API)"
 
 	// podOverheadMiB is what shim and Wasmtime take beside the guest's memory.
 	podOverheadMiB = 64
@@ -398,7 +398,7 @@ func (s Settings) autoscaler(f *kube.Function, r Revision) (*unstructured.Unstru
 		u.Object["spec"] = spec
 	case v1alpha1.AutoscalerKEDA:
 		// keda.sh/v1alpha1 ScaledObject; its cpu scaler needs a minimum of one.
-		u = object(kedaAPIVersion, "ScaledObject", f.Namespace, f.Name)
+		u = object(kedaAPIVersion, scaledObjectKind, f.Namespace, f.Name)
 		u.Object["spec"] = map[string]any{
 			"scaleTargetRef":  map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "name": f.Name},
 			"minReplicaCount": int64(scale.MinReplicas), "maxReplicaCount": int64(scale.MaxReplicas),

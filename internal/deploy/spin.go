@@ -1,7 +1,6 @@
 package deploy
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	applyautoscalingv1 "k8s.io/client-go/applyconfigurations/autoscaling/v1"
 	"k8s.io/utils/ptr"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
@@ -130,7 +130,7 @@ func (s *Spin) Reconcile(ctx context.Context, in Input) (Outcome, error) {
 	if out.Node.Name != "" {
 		return out, err
 	}
-	e := functionError(err)
+	e := FunctionError(err)
 	if e.Code == CodeCluster {
 		return Outcome{RequeueAfter: pollRollout}, err
 	}
@@ -190,15 +190,17 @@ func (s *Spin) reconcile(ctx context.Context, in Input) (Outcome, error) {
 	if number != target.Number {
 		state.started = s.c.o.Now()
 	}
-	if app, err = s.write(ctx, f, app, target, state); err != nil {
+	app, scaler, err := s.write(ctx, f, app, target, state)
+	if err != nil {
 		return Outcome{}, err
 	}
 	if in.Elsewhere {
-		return s.takeOver(ctx, in, app, target, state)
+		out, err := s.takeOver(ctx, in, app, target, state)
+		return s.withScaler(out, scaler), err
 	}
 	// The pods are worth having even where no host leads to them yet.
 	hostErr := s.ensureIngress(ctx, f)
-	if hostErr != nil && functionError(hostErr).Code == CodeCluster {
+	if hostErr != nil && FunctionError(hostErr).Code == CodeCluster {
 		return Outcome{}, hostErr
 	}
 
@@ -210,9 +212,26 @@ func (s *Spin) reconcile(ctx context.Context, in Input) (Outcome, error) {
 		if out.Node.Progress == v1alpha1.ProgressReady {
 			out.Node.Progress, out.RequeueAfter, out.Phases = v1alpha1.ProgressLoading, pollTrouble, nil
 		}
-		out.Node.Error, out.Node.Retrying = functionError(hostErr), true
+		out.Node.Error, out.Node.Retrying = FunctionError(hostErr), true
 	}
-	return out, hostErr
+	return s.withScaler(out, scaler), hostErr
+}
+
+// withScaler adds to the word of a function that answers what keeps its
+// autoscaler from doing anything, which is nobody's concern while there are
+// worse troubles.
+func (s *Spin) withScaler(out Outcome, scaler scalerState) Outcome {
+	if out.Node.Progress != v1alpha1.ProgressReady || out.Node.Error != nil {
+		return out
+	}
+	why, again := scaler.trouble(s.c.o.Now())
+	if again > 0 {
+		out.RequeueAfter = min(out.RequeueAfter, again)
+	}
+	if why != nil {
+		out.Node.Error, out.Node.Retrying = why, true
+	}
+	return out
 }
 
 // takeOver has hosts lead to the function once its pods answer, and says that
@@ -224,7 +243,7 @@ func (s *Spin) takeOver(ctx context.Context, in Input, app *unstructured.Unstruc
 		return out, err
 	}
 	err = s.ensureIngress(ctx, in.Function)
-	if err != nil && functionError(err).Code == CodeCluster {
+	if err != nil && FunctionError(err).Code == CodeCluster {
 		return Outcome{}, err
 	}
 	i := s.c.cachedIngress(in.Function.Namespace, in.Function.Name)
@@ -233,7 +252,7 @@ func (s *Spin) takeOver(ctx context.Context, in Input, app *unstructured.Unstruc
 	}
 	out.Node.Progress, out.Node.Serving, out.Phases, out.RequeueAfter = v1alpha1.ProgressLoading, 0, nil, pollRollout
 	if err != nil {
-		out.Node.Error, out.Node.Retrying, out.RequeueAfter = functionError(err), true, pollTrouble
+		out.Node.Error, out.Node.Retrying, out.RequeueAfter = FunctionError(err), true, pollTrouble
 	}
 	return out, err
 }
@@ -314,41 +333,80 @@ func remembered(app *unstructured.Unstructured) (number int, state rollout) {
 	return number, state
 }
 
-// write applies the SpinApp and autoscaler of a revision.
-func (s *Spin) write(ctx context.Context, f *kube.Function, live *unstructured.Unstructured, target Revision, state rollout) (*unstructured.Unstructured, error) {
+// write applies the SpinApp and autoscaler of a revision and returns them as
+// they are now.
+func (s *Spin) write(ctx context.Context, f *kube.Function, live *unstructured.Unstructured, target Revision, state rollout) (app *unstructured.Unstructured, scaler scalerState, err error) {
 	wanted, err := s.c.set.spinApp(f, target, state)
 	if err != nil {
-		return nil, err
+		return nil, scaler, err
 	}
 	// Before the annotation that tells of it goes, the autoscaler must.
 	if live != nil {
-		old := v1alpha1.Autoscaler(live.GetAnnotations()[annotationAutoscaler])
-		if string(old) != wanted.GetAnnotations()[annotationAutoscaler] {
-			if err := s.removeAutoscaler(ctx, f, old); err != nil {
-				return nil, err
-			}
+		old, kind := v1alpha1.Autoscaler(live.GetAnnotations()[annotationAutoscaler]), wanted.GetAnnotations()[annotationAutoscaler]
+		switch {
+		case string(old) == kind:
+		case old == "":
+			err = s.keepReplicas(ctx, f, live)
+		default:
+			err = s.removeAutoscaler(ctx, f, old)
+		}
+		if err != nil {
+			return nil, scaler, err
 		}
 	}
-	app, err := s.c.apply(ctx, spinAppsGVR, live, wanted)
-	if err != nil {
-		return nil, err
+	if app, err = s.c.apply(ctx, spinAppsGVR, live, wanted); err != nil {
+		return nil, scaler, err
 	}
-	scaler, err := s.c.set.autoscaler(f, target)
-	if err != nil || scaler == nil {
-		return app, err
+	if wanted, err = s.c.set.autoscaler(f, target); err != nil || wanted == nil {
+		return app, scaler, err
 	}
 	gvr := autoscalerKind(scaling(target.Spec.Autoscaling).Autoscaler)
 	existing, err := s.c.get(ctx, gvr, f.Namespace, f.Name)
 	if err != nil {
-		return nil, err
+		return nil, scaler, err
 	}
 	if wait, err := claim(existing, f); err != nil {
-		return nil, err
+		return nil, scaler, err
 	} else if wait {
-		return nil, fmt.Errorf("%s of an earlier function is still being removed", describe(existing))
+		return nil, scaler, fmt.Errorf("%s of an earlier function is still being removed", describe(existing))
 	}
-	_, err = s.c.apply(ctx, gvr, existing, scaler)
-	return app, err
+	if existing == nil {
+		// KEDA refuses, or gives up for minutes on, what is to scale nothing.
+		d, err := s.deployment(ctx, f)
+		if err != nil {
+			return nil, scaler, err
+		}
+		if d == nil || !ownedBy(d, app) {
+			scaler.waits = true
+			return app, scaler, nil
+		}
+	}
+	scaler.object, err = s.c.apply(ctx, gvr, existing, wanted)
+	if apierrors.IsForbidden(err) || apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) {
+		// A webhook's word, or a policy's: the pods are worth having without.
+		scaler.refused, err = err, nil
+	}
+	return app, scaler, err
+}
+
+// keepReplicas becomes an owner of how many pods the Deployment is to have,
+// beside the operator. With autoscaling the operator gives that field up, and
+// one that nobody owns goes back to its default: of many pods, one would be
+// left until the autoscaler looks. An autoscaler's first change takes the field
+// from us, and so does the operator's where autoscaling is turned off.
+func (s *Spin) keepReplicas(ctx context.Context, f *kube.Function, app *unstructured.Unstructured) error {
+	d, err := s.deployment(ctx, f)
+	if err != nil || d == nil || !ownedBy(d, app) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, kube.CallTimeout)
+	defer cancel()
+	scale := applyautoscalingv1.Scale().WithName(d.Name).WithNamespace(d.Namespace).
+		WithSpec(applyautoscalingv1.ScaleSpec().WithReplicas(ptr.Deref(d.Spec.Replicas, 1)))
+	if _, err := s.c.client.AppsV1().Deployments(d.Namespace).ApplyScale(ctx, d.Name, scale, metav1.ApplyOptions{FieldManager: FieldManager}); err != nil {
+		return fmt.Errorf("keep the number of pods of Deployment %s/%s: %w", d.Namespace, d.Name, err)
+	}
+	return nil
 }
 
 func autoscalerKind(a v1alpha1.Autoscaler) schema.GroupVersionResource {
@@ -537,7 +595,7 @@ func (s *Spin) observe(ctx context.Context, in Input, app *unstructured.Unstruct
 		return out, nil
 	default:
 		state = rollout{started: s.c.o.Now(), failed: &failedRollout{Revision: wanted, Error: why.FunctionError}}
-		if _, err := s.write(ctx, f, app, *in.Previous, state); err != nil {
+		if _, _, err := s.write(ctx, f, app, *in.Previous, state); err != nil {
 			return Outcome{}, err
 		}
 		s.c.o.Logger.InfoContext(ctx, "a revision did not come up, and the one before it is back", "namespace", f.Namespace, "function", f.Name,
@@ -691,7 +749,7 @@ func (s *Spin) logs(ctx context.Context, p *corev1.Pod) (string, bool) {
 	words, err := s.c.client.CoreV1().Pods(p.Namespace).GetLogs(p.Name, &corev1.PodLogOptions{
 		Previous: previous, TailLines: ptr.To[int64](logLines), LimitBytes: ptr.To[int64](logBytes),
 	}).DoRaw(ctx)
-	if err == nil && bytes.HasPrefix(words, []byte(goneLogs)) {
+	if err == nil && logsGone(string(words)) {
 		err = errors.New(excerpt(string(words)))
 	}
 	if err != nil {

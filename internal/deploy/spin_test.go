@@ -19,19 +19,27 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	ktypes "k8s.io/apimachinery/pkg/types"
 	"k8s.io/utils/ptr"
+	"sigs.k8s.io/yaml"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/deploy"
 	"github.com/hearth-sh/hearth/internal/kube"
 	"github.com/hearth-sh/hearth/test/cluster"
+)
+
+var (
+	scaledObjects = schema.GroupVersionResource{Group: "keda.sh", Version: "v1alpha1", Resource: "scaledobjects"}
+	definitions   = schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}
 )
 
 // absent is an image that the registry does not have.
@@ -284,13 +292,11 @@ func TestAnAutoscalerThatIsNoLongerWantedGoes(t *testing.T) {
 	spec := spinSpec(l.registry.Host + "/none" + absentDigest)
 	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerHPA, MaxReplicas: 3}
 	f := l.create("scaled", spec)
-	if _, err := l.spin.Reconcile(t.Context(), deploy.Input{Function: f, Wanted: revision(1, spec)}); err != nil {
-		t.Fatal(err)
-	}
 	hpas := l.cluster.Client().AutoscalingV2().HorizontalPodAutoscalers(l.namespace)
-	if _, err := hpas.Get(t.Context(), "scaled", metav1.GetOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	l.reconcile(deploy.Input{Function: f, Wanted: revision(1, spec)}, "the autoscaler to be made", func(deploy.Outcome, error) bool {
+		_, err := hpas.Get(t.Context(), "scaled", metav1.GetOptions{})
+		return err == nil
+	})
 
 	// KEDA is not installed.
 	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerKEDA, MaxReplicas: 3}
@@ -303,6 +309,43 @@ func TestAnAutoscalerThatIsNoLongerWantedGoes(t *testing.T) {
 		t.Errorf("the autoscaler of revision 1 is still there: %v", err)
 	}
 
+	// Its definition is: what KEDA would be given has no word that it does not know.
+	definition, err := os.ReadFile("testdata/keda/keda.sh_scaledobjects.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	crds, err := l.cluster.ApplyManifest(t.Context(), definition)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = l.cluster.Dynamic().Resource(definitions).Delete(context.Background(), crds[0].GetName(), metav1.DeleteOptions{})
+	})
+	var scaled *unstructured.Unstructured
+	l.reconcile(deploy.Input{Function: f, Wanted: revision(2, spec)}, "the ScaledObject to be made", func(deploy.Outcome, error) bool {
+		scaled, err = l.cluster.Dynamic().Resource(scaledObjects).Namespace(l.namespace).Get(t.Context(), "scaled", metav1.GetOptions{})
+		return err == nil
+	})
+	wanted, err := os.ReadFile("testdata/keda.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, document := range bytes.Split(wanted, []byte("---\n")) {
+		var o unstructured.Unstructured
+		if err := yaml.Unmarshal(document, &o.Object); err != nil {
+			t.Fatal(err)
+		}
+		if o.GetKind() != scaled.GetKind() {
+			continue
+		}
+		o.SetNamespace(l.namespace)
+		o.SetOwnerReferences(nil)
+		if _, err := l.cluster.Dynamic().Resource(scaledObjects).Namespace(l.namespace).Create(t.Context(), &o,
+			metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict, DryRun: []string{metav1.DryRunAll}}); err != nil {
+			t.Error(err)
+		}
+	}
+
 	spec.Autoscaling = nil
 	if _, err := l.spin.Reconcile(t.Context(), deploy.Input{Function: f, Wanted: revision(3, spec)}); err != nil {
 		t.Fatal(err)
@@ -310,9 +353,99 @@ func TestAnAutoscalerThatIsNoLongerWantedGoes(t *testing.T) {
 	if n, _, _ := unstructured.NestedInt64(l.get(spinApps, "scaled").Object, "spec", "replicas"); n != 1 {
 		t.Errorf("%d replicas, want 1", n)
 	}
+	if _, err := l.cluster.Dynamic().Resource(scaledObjects).Namespace(l.namespace).Get(t.Context(), "scaled", metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+		t.Errorf("the autoscaler of revision 2 is still there: %v", err)
+	}
 	if err := l.operator.Refused(l.namespace, "scaled"); err != nil {
 		t.Error(err)
 	}
+}
+
+func TestAnAutoscalerTakesOverThePodsThereAre(t *testing.T) {
+	t.Parallel()
+	l := start(t, deploy.Settings{})
+	spec := spinSpec(l.serving("manned"))
+	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{MinReplicas: 2}
+	f := l.create("manned", spec)
+	l.reconcile(deploy.Input{Function: f, Wanted: revision(1, spec)}, "to be ready", isReady(1))
+	deployments := l.cluster.Client().AppsV1().Deployments(l.namespace)
+	d, err := deployments.Get(t.Context(), "manned", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := deployments.Watch(t.Context(), metav1.ListOptions{ResourceVersion: d.ResourceVersion})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Stop()
+
+	// There is no metrics-server: nothing but Hearth keeps the pods.
+	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerHPA, MinReplicas: 1, MaxReplicas: 3}
+	in := deploy.Input{Function: f, Wanted: revision(2, spec)}
+	l.reconcile(in, "the autoscaled revision to be ready", isReady(2))
+	if d, err = deployments.Get(t.Context(), "manned", metav1.GetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for event := range w.ResultChan() {
+		o, ok := event.Object.(*appsv1.Deployment)
+		if !ok {
+			t.Fatalf("the watch says %+v", event)
+		}
+		seen++
+		if *o.Spec.Replicas != 2 {
+			t.Errorf("there were to be %d pods", *o.Spec.Replicas)
+		}
+		if o.ResourceVersion == d.ResourceVersion {
+			break
+		}
+	}
+	t.Logf("%d changes of the Deployment", seen)
+
+	// Long after, its owner reads why the number never changes.
+	l.clock.forward(time.Hour)
+	out, _ := l.reconcile(in, "the autoscaler's trouble to be told", func(o deploy.Outcome, err error) bool { return err == nil && o.Node.Error != nil })
+	if e := out.Node.Error; out.Node.Progress != v1alpha1.ProgressReady || e.Code != deploy.CodeAutoscaler || !strings.Contains(e.Detail, "metrics-server") {
+		t.Errorf("%+v, %+v", out, e)
+	}
+	t.Log(out.Node.Error.Detail)
+
+	// The operator has the number again where no autoscaler decides.
+	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{MinReplicas: 1}
+	l.reconcile(deploy.Input{Function: f, Wanted: revision(3, spec)}, "the fixed revision to be ready", isReady(3))
+	if d, err = deployments.Get(t.Context(), "manned", metav1.GetOptions{}); err != nil || *d.Spec.Replicas != 1 {
+		t.Errorf("without an autoscaler there are to be %d pods, want 1 (%v)", *d.Spec.Replicas, err)
+	}
+}
+
+func TestAnAutoscalerThatTheClusterRefusesKeepsNoFunctionFromAnswering(t *testing.T) {
+	t.Parallel()
+	l := start(t, deploy.Settings{})
+	none := corev1.ResourceList{"count/horizontalpodautoscalers.autoscaling": resource.MustParse("0")}
+	quotas := l.cluster.Client().CoreV1().ResourceQuotas(l.namespace)
+	if _, err := quotas.Create(t.Context(), &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Name: "fixed"}, Spec: corev1.ResourceQuotaSpec{Hard: none}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.cluster.WaitFor(t.Context(), "the quota to hold", soon, func(ctx context.Context) (bool, error) {
+		q, err := quotas.Get(ctx, "fixed", metav1.GetOptions{})
+		return err == nil && len(q.Status.Hard) > 0, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	spec := spinSpec(l.serving("refused"))
+	spec.Autoscaling = &v1alpha1.FunctionAutoscaling{Autoscaler: v1alpha1.AutoscalerHPA, MaxReplicas: 3}
+	f := l.create("refused", spec)
+	out, _ := l.reconcile(deploy.Input{Function: f, Wanted: revision(1, spec)}, "to be ready", isReady(1))
+	if e := out.Node.Error; e == nil || e.Code != deploy.CodeAutoscaler || !out.Node.Retrying || !strings.Contains(e.Detail, "exceeded quota") {
+		t.Errorf("%+v says %+v", out, e)
+	}
+	if err := quotas.Delete(t.Context(), "fixed", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	l.reconcile(deploy.Input{Function: f, Wanted: revision(1, spec)}, "the autoscaler to be made", func(o deploy.Outcome, err error) bool {
+		_, missing := l.cluster.Client().AutoscalingV2().HorizontalPodAutoscalers(l.namespace).Get(t.Context(), "refused", metav1.GetOptions{})
+		return err == nil && missing == nil && o.Node.Error == nil
+	})
 }
 
 func TestWithoutSpinKubeTheErrorSaysWhatToInstall(t *testing.T) {

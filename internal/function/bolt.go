@@ -406,26 +406,7 @@ func (s *Bolt) List(ctx context.Context, o ListOptions) (Page, error) {
 	if err := ctx.Err(); err != nil {
 		return Page{}, err
 	}
-	var p Page
-	i := 0
-	if o.After != "" {
-		var found bool
-		if i, found = slices.BinarySearch(s.names, o.After); found {
-			i++
-		}
-	}
-	for _, name := range s.names[i:] {
-		e := s.entries[name]
-		if o.Tenant != "" && e.rec.Tenant != o.Tenant {
-			continue
-		}
-		if o.Limit > 0 && len(p.Items) == o.Limit {
-			p.Next = p.Items[len(p.Items)-1].Name
-			break
-		}
-		p.Items = append(p.Items, e.fn)
-	}
-	return p, nil
+	return PageOf(s.names, o, func(name string) *Function { return &s.entries[name].fn }), nil
 }
 
 // Stats implements Reader.

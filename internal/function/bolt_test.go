@@ -21,6 +21,7 @@ import (
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/function"
 	"github.com/hearth-sh/hearth/internal/function/storetest"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 // crashEnv makes the test binary a writer that is meant to be killed.
@@ -253,20 +254,8 @@ func TestEmptyFileIsANewDatabase(t *testing.T) {
 }
 
 func TestFullDiskRefusesAndRecovers(t *testing.T) {
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("mounting a small tmpfs needs root")
-		}
-		t.Skip("mounting a small tmpfs needs root")
-	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("mount tmpfs: %v", err)
-		}
-		t.Skipf("mount tmpfs: %v", err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	needs.Tmpfs(t, dir, "size=256k")
 	s, err := function.OpenBolt(filepath.Join(dir, "functions.db"), function.BoltOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -307,25 +296,10 @@ func TestFullDiskRefusesAndRecovers(t *testing.T) {
 }
 
 func TestReadOnlyFileSystem(t *testing.T) {
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("mounting needs root")
-		}
-		t.Skip("mounting needs root")
-	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("mount tmpfs: %v", err)
-		}
-		t.Skipf("mount tmpfs: %v", err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	needs.Tmpfs(t, dir, "size=1m")
 	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("remount: %v", err)
-		}
-		t.Skipf("remount: %v", err)
+		t.Fatal(err)
 	}
 	_, err := function.OpenBolt(filepath.Join(dir, "functions.db"), function.BoltOptions{})
 	if !errors.Is(err, function.ErrReadOnly) {

@@ -69,6 +69,20 @@ type Settings struct {
 	Autoscaling *v1alpha1.FunctionAutoscaling `json:"autoscaling,omitempty"`
 }
 
+// TimeoutIgnored is what the owner of a function with a deadline of its own is
+// told where its runtime knows none; nil: nothing. timeoutMS may be 0, the
+// default. It is no error: a function keeps its settings while it moves from
+// one runtime to the other and back.
+func TimeoutIgnored(runtime v1alpha1.FunctionRuntime, timeoutMS int) *v1alpha1.FunctionError {
+	if runtime != v1alpha1.RuntimeSpin || timeoutMS == 0 || timeoutMS == v1alpha1.DefaultTimeoutMS {
+		return nil
+	}
+	return &v1alpha1.FunctionError{
+		Code:   "timeout-ignored",
+		Detail: fmt.Sprintf("the deadline of %d ms is not kept: Spin has none for a request; set the ingress controller's, or use the runtime resident", timeoutMS),
+	}
+}
+
 // DefaultSettings are those of a function submitted without any.
 func DefaultSettings() Settings {
 	return Settings{

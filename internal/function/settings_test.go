@@ -271,3 +271,22 @@ func FuzzPatch(f *testing.F) {
 		_ = once.Validate()
 	})
 }
+
+func TestOnlyADeadlineThatIsNotKeptIsWarnedOf(t *testing.T) {
+	for _, c := range []struct {
+		runtime   v1alpha1.FunctionRuntime
+		timeoutMS int
+		warned    bool
+	}{
+		{v1alpha1.RuntimeSpin, 5000, true},
+		{v1alpha1.RuntimeSpin, v1alpha1.DefaultTimeoutMS, false}, // nobody asked for it
+		{v1alpha1.RuntimeSpin, 0, false},
+		{v1alpha1.RuntimeResident, 5000, false},
+		{"", 5000, false},
+	} {
+		w := function.TimeoutIgnored(c.runtime, c.timeoutMS)
+		if (w != nil) != c.warned || w != nil && (w.Code != "timeout-ignored" || !strings.Contains(w.Detail, "5000 ms")) {
+			t.Errorf("%q with %d ms: %+v", c.runtime, c.timeoutMS, w)
+		}
+	}
+}

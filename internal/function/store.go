@@ -153,6 +153,31 @@ type Page struct {
 	Next  string
 }
 
+// PageOf returns the page that o selects. names are those of all functions,
+// sorted, and get returns the function of one of them.
+func PageOf(names []string, o ListOptions, get func(name string) *Function) Page {
+	var p Page
+	first := 0
+	if o.After != "" {
+		var found bool
+		if first, found = slices.BinarySearch(names, o.After); found {
+			first++
+		}
+	}
+	for _, name := range names[first:] {
+		f := get(name)
+		if o.Tenant != "" && f.Tenant != o.Tenant {
+			continue
+		}
+		if o.Limit > 0 && len(p.Items) == o.Limit {
+			p.Next = p.Items[len(p.Items)-1].Name
+			break
+		}
+		p.Items = append(p.Items, *f)
+	}
+	return p
+}
+
 // Stats are counts for metrics.
 type Stats struct {
 	ByState map[v1alpha1.FunctionState]int

@@ -1,11 +1,13 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -71,6 +73,7 @@ type Publisher struct {
 var (
 	_ submit.TenantPublisher = (*Publisher)(nil)
 	_ submit.Configurer      = (*Publisher)(nil)
+	_ submit.Inspector       = (*Publisher)(nil)
 )
 
 // flightKey is all that goes into an artifact, and where it goes.
@@ -319,16 +322,65 @@ func (p *Publisher) FetchFor(ctx context.Context, tenant, imageRef, dst string, 
 	if err != nil {
 		return v1alpha1.Artifact{}, fetchProblem(err)
 	}
-	ours := host == p.o.Client.Registry() || (p.o.Alias != nil && p.o.Alias(host))
-	if p.o.Tenants && ours && strings.HasPrefix(repository, p.o.RepositoryPrefix) &&
-		(tenant == "" || !strings.HasPrefix(repository, p.o.RepositoryPrefix+component(tenant)+"/")) {
-		return v1alpha1.Artifact{}, &submit.PublishError{
-			Code: "registry-unauthorized", Detail: "The repository holds functions of another tenant. Submit the module itself, or an image of your own.",
-		}
+	if err := p.grants(tenant, host, repository); err != nil {
+		return v1alpha1.Artifact{}, err
 	}
 	artifact, _, err := p.o.Client.Fetch(ctx, imageRef, dst, registry.PullOptions{MaxBytes: maxBytes})
 	if err != nil {
 		return artifact, fetchProblem(err)
 	}
 	return p.located(artifact), nil
+}
+
+// Inspect implements submit.Inspector: by the manifest alone, which must be in
+// the repository that the artifact names. What tenants have published is theirs,
+// as for FetchFor, also where size is known already.
+//
+// Errors are *submit.PublishError, or the context's.
+func (p *Publisher) Inspect(ctx context.Context, tenant string, a v1alpha1.Artifact, spin bool, size int64) (int64, error) {
+	if err := p.grants(tenant, cmp.Or(a.Registry, p.o.Client.Registry()), a.Repository); err != nil {
+		return 0, err
+	}
+	if size > 0 {
+		return size, nil
+	}
+	d, err := p.o.Client.Describe(ctx, a)
+	if err != nil {
+		return 0, fetchProblem(err)
+	}
+	if d.NotWasm == nil {
+		return d.ModuleBytes, nil
+	}
+	if spin {
+		return d.LayerBytes, nil // the shim reads more kinds of applications than we do
+	}
+	return 0, fetchProblem(d.NotWasm)
+}
+
+// grants says whether a tenant may use what is in a repository: not what another
+// one has published. An empty tenant has no repositories.
+func (p *Publisher) grants(tenant, host, repository string) error {
+	home := p.o.Client.Registry()
+	ours := host == home || canonical(host) == canonical(home) || p.o.Alias != nil && p.o.Alias(host)
+	if p.o.Tenants && ours && strings.HasPrefix(repository, p.o.RepositoryPrefix) &&
+		(tenant == "" || !strings.HasPrefix(repository, p.o.RepositoryPrefix+component(tenant)+"/")) {
+		return &submit.PublishError{
+			Code: "registry-unauthorized", Detail: "The repository holds functions of another tenant. Submit the module itself, or an image of your own.",
+			Err: submit.ErrImageOfAnother,
+		}
+	}
+	return nil
+}
+
+// canonical is one way to write a registry's host of several that reach it.
+func canonical(host string) string {
+	name, port, err := net.SplitHostPort(host)
+	if err != nil {
+		name, port = host, ""
+	}
+	name = strings.TrimSuffix(strings.ToLower(name), ".")
+	if port == "" || port == "443" || port == "80" {
+		return name
+	}
+	return net.JoinHostPort(name, port)
 }

@@ -2,7 +2,9 @@ package publish
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
+	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/registry"
 	"github.com/hearth-sh/hearth/internal/registry/registrytest"
 	"github.com/hearth-sh/hearth/internal/submit"
@@ -227,6 +230,113 @@ func FuzzComponent(f *testing.F) {
 			t.Errorf("%q becomes %q", a, c)
 		}
 	})
+}
+
+func TestTwoPublishersAtOnceLeaveOneImage(t *testing.T) {
+	host := embedded(t)
+	// As two processes: both have looked for the bytes before either sends them.
+	var looked sync.WaitGroup
+	looked.Add(2)
+	refs := make(chan string, 2)
+	for range 2 {
+		front, own := countedBefore(t, host)
+		var first sync.Once
+		hold := func(r *http.Request) {
+			if r.Method == http.MethodPost {
+				first.Do(func() { looked.Done(); looked.Wait() })
+			}
+		}
+		front.hold.Store(&hold)
+		p := publisherOf(t, Options{Client: clientOf(t, own), Tenants: true, DigestTags: true})
+		m := moduleOf(t, 300_000, "same")
+		go func() {
+			ref, err := m.publish(context.Background(), p, "alice", "hello")
+			if err != nil {
+				t.Error(err)
+			}
+			refs <- ref
+		}()
+	}
+	one, two := <-refs, <-refs
+	if one != two || one == "" {
+		t.Fatalf("%s and %s", one, two)
+	}
+	moduleOf(t, 300_000, "same").there(t, clientOf(t, host), one)
+	response, err := http.Get("http://" + host + "/v2/functions/alice/hello/tags/list")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	var list struct{ Tags []string }
+	if err := json.NewDecoder(response.Body).Decode(&list); err != nil || len(list.Tags) != 1 {
+		t.Errorf("tags %v, %v", list.Tags, err)
+	}
+}
+
+func TestAnImageIsInspectedWithoutItsBytes(t *testing.T) {
+	count, host := countedBefore(t, embedded(t))
+	c := clientOf(t, host)
+	p := publisherOf(t, Options{Client: c, Tenants: true, Located: true, Alias: func(h string) bool { return h == "registry.example.org" }})
+	m := moduleOf(t, 300_000, "large")
+	a, err := p.PublishFor(t.Context(), "alice", "hello", m.path, m.digest, m.meta)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := count.requests.Load()
+	if size, err := p.Inspect(t.Context(), "alice", a, false, 0); err != nil || size != 300_000 {
+		t.Errorf("%d bytes, %v", size, err)
+	}
+	if n := count.requests.Load() - before; n > 2 { // what the registry is, and the manifest
+		t.Errorf("it took %d requests", n)
+	}
+	if size, err := p.Inspect(t.Context(), "alice", a, true, 0); err != nil || size != 300_000 {
+		t.Errorf("for a spin function: %d bytes, %v", size, err)
+	}
+	before = count.requests.Load()
+	if size, err := p.Inspect(t.Context(), "alice", a, false, 77); err != nil || size != 77 || count.requests.Load() != before {
+		t.Errorf("what is known was asked for: %d bytes, %v", size, err)
+	}
+
+	_, port, _ := net.SplitHostPort(host)
+	at := func(registry, repository, digest string) v1alpha1.Artifact {
+		return v1alpha1.Artifact{Registry: registry, Repository: repository, Digest: digest}
+	}
+	none := "sha256:" + strings.Repeat("ab", 32)
+	for what, tc := range map[string]struct {
+		tenant    string
+		artifact  v1alpha1.Artifact
+		size      int64
+		code      string
+		anothers  bool
+		retryable bool
+	}{
+		"another's":                       {"bob", a, 0, "registry-unauthorized", true, false},
+		"another's, of a known size":      {"bob", a, 300_000, "registry-unauthorized", true, false},
+		"another's, without the registry": {"bob", at("", a.Repository, a.Digest), 0, "registry-unauthorized", true, false},
+		"another's, by an alias":          {"bob", at("registry.example.org", a.Repository, a.Digest), 0, "registry-unauthorized", true, false},
+		"a tenant that begins alike":      {"ali", a, 0, "registry-unauthorized", true, false},
+		// The digest alone gives nothing: it must be in one's own repository.
+		"another's digest in one's own repository": {"bob", at(host, "functions/bob/hello", a.Digest), 0, "image-not-found", false, false},
+		"what is not there":                        {"alice", at(host, "functions/alice/hello", none), 0, "image-not-found", false, false},
+		"a registry that is away":                  {"alice", at("127.0.0.1:1", "team/hello", none), 0, "registry-unavailable", false, true},
+	} {
+		_, err := p.Inspect(t.Context(), tc.tenant, tc.artifact, false, tc.size)
+		var pe *submit.PublishError
+		if !errors.As(err, &pe) || pe.Code != tc.code || pe.Retryable != tc.retryable || errors.Is(err, submit.ErrImageOfAnother) != tc.anothers {
+			t.Errorf("%s: %v (port %s)", what, err, port)
+		}
+	}
+}
+
+func TestHostsThatAreTheSameRegistryAreTold(t *testing.T) {
+	for host, want := range map[string]string{
+		"Registry.Example.com": "registry.example.com", "registry.example.com.": "registry.example.com", "registry.example.com:443": "registry.example.com",
+		"registry.example.com:5000": "registry.example.com:5000", "[::1]:443": "::1", "[fd00::1]:5000": "[fd00::1]:5000",
+	} {
+		if got := canonical(host); got != want {
+			t.Errorf("%s is %s, want %s", host, got, want)
+		}
+	}
 }
 
 func TestATenantFetchesNothingOfAnother(t *testing.T) {

@@ -26,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func publish(t testing.TB, c *Client, repo string, data []byte) v1alpha1.Artifact {
@@ -339,20 +340,8 @@ func TestCallerThatGivesUpIsObeyed(t *testing.T) {
 }
 
 func TestFullDiskIsSaid(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root to mount a small tmpfs")
-		}
-		t.Skip("needs root to mount a small tmpfs")
-	}
 	dir := t.TempDir()
-	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", dir).CombinedOutput(); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("cannot mount a tmpfs: %v %s", err, out)
-		}
-		t.Skipf("cannot mount a tmpfs: %v %s", err, out)
-	}
-	t.Cleanup(func() { exec.Command("umount", "-l", dir).Run() })
+	needs.Tmpfs(t, dir, "size=256k")
 	c := newClient(t, serve(t, openEmbedded(t, t.TempDir()).Handler()))
 	a := publish(t, c, "functions/hello", wasmBytes(1<<20, 3))
 	_, err := c.Pull(context.Background(), a, filepath.Join(dir, "m"), PullOptions{})
@@ -408,11 +397,11 @@ func TestModuleThatChangedOnDiskIsNotPublished(t *testing.T) {
 func TestDebianRegistryWithPasswords(t *testing.T) {
 	bin, err := exec.LookPath("docker-registry")
 	if err != nil {
-		missing(t, "docker-registry is not installed")
+		needs.Missing(t, "docker-registry is not installed")
 	}
 	htpasswd, err := exec.LookPath("htpasswd")
 	if err != nil {
-		missing(t, "htpasswd (apache2-utils) is not installed")
+		needs.Missing(t, "htpasswd (apache2-utils) is not installed")
 	}
 	dir := t.TempDir()
 	entry, err := exec.Command(htpasswd, "-Bbn", "alice", "sesame").Output()
@@ -534,16 +523,6 @@ func BenchmarkPublishAndPull(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
-}
-
-// missing skips a test that lacks a program, and fails it where CI is set:
-// there test/install-deps.sh has installed it.
-func missing(t *testing.T, what string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
 }
 
 func TestAConnectionThatTimesOutIsAnUnavailableRegistry(t *testing.T) {

@@ -884,6 +884,10 @@ func (s *Server) keep(ctx context.Context, key string, a *reply, answered *bool)
 // view is a function as the API shows it.
 func (s *Server) view(f function.Function) v1alpha1.Function {
 	url, pathURL := s.o.URLs(f.Name)
+	var warnings []v1alpha1.FunctionError
+	if s.o.Warnings != nil {
+		warnings = s.o.Warnings(f)
+	}
 	return v1alpha1.Function{
 		APIVersion: v1alpha1.APIVersion, Kind: "Function",
 		Name: f.Name, Tenant: f.Tenant, URL: url, PathURL: pathURL,
@@ -891,6 +895,7 @@ func (s *Server) view(f function.Function) v1alpha1.Function {
 		Digest: f.Revision.ModuleDigest, Image: s.o.Image(f.Revision.Artifact),
 		Settings: f.Revision.Settings.Public(), Phases: phases(f.Revision),
 		CreatedAt: f.CreatedAt, UpdatedAt: f.UpdatedAt, Error: f.Revision.Error,
+		Warnings: warnings,
 	}
 }
 

@@ -2,6 +2,7 @@ package submit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -109,6 +110,20 @@ type Configurer interface {
 	Configure(ctx context.Context, tenant, name string, from v1alpha1.Artifact, module string, size int64, was, app Application) (v1alpha1.Artifact, error)
 }
 
+// Inspector is a Publisher that can say of an image whether a tenant may run it,
+// and how large it is, without fetching it.
+type Inspector interface {
+	Publisher
+	// Inspect returns the size of the image's module in bytes; for a spin
+	// function, whose application may have several, that of all layers. size is
+	// what is known of it already, 0 for nothing. Errors may be a *PublishError,
+	// which is ErrImageOfAnother for what another tenant has published.
+	Inspect(ctx context.Context, tenant string, a v1alpha1.Artifact, spin bool, size int64) (int64, error)
+}
+
+// ErrImageOfAnother says that an image is another tenant's.
+var ErrImageOfAnother = errors.New("the image is another tenant's")
+
 // PublishError is why a registry did not do as asked. Codes: those of the
 // problem table, foremost registry-unavailable, registry-unauthorized,
 // image-not-found, image-invalid, digest-mismatch, module-too-large, disk-full.
@@ -212,6 +227,9 @@ type Options struct {
 
 	// URLs returns a function's URL and its path form. Required.
 	URLs func(name string) (url, pathURL string)
+	// Warnings returns what is not as a function's owner asked for, beside what
+	// its state says; nil: nothing ever. It must not block.
+	Warnings func(f function.Function) []v1alpha1.FunctionError
 	// Image returns the OCI reference (by digest) that people can pull an
 	// artifact with. nil: repository@digest, with the registry when it has one.
 	Image func(v1alpha1.Artifact) string

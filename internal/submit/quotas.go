@@ -321,6 +321,42 @@ func (q *quotas) hold(ctx context.Context, tenant string) (func(*function.Functi
 	}, nil
 }
 
+// reserve counts the function as if it were recorded already, until the returned
+// function is called with what was, or nil. After recentFor it is counted as the
+// store says, whatever became of it.
+func (q *quotas) reserve(tenant, name string, bytes int64) func(*function.Function) {
+	const reserved = math.MaxInt // above any revision
+	set := func(c recentChange) {
+		c.at = q.now()
+		q.share(tenant).recent[name] = c
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	set(recentChange{revision: reserved, bytes: bytes})
+	return func(f *function.Function) {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		switch {
+		case f != nil:
+			set(recentChange{revision: f.Wanted, bytes: f.Revision.SizeBytes})
+		case q.share(tenant).recent[name].revision == reserved: // else somebody submitted it
+			delete(q.share(tenant).recent, name)
+		}
+	}
+}
+
+// forget makes the store's word on a function count: it is gone there.
+func (q *quotas) forget(tenant, name string) {
+	if q == nil {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if s := q.shares[tenant]; s != nil {
+		delete(s.recent, name)
+	}
+}
+
 // deleted remembers that a function, as it was, is gone.
 func (q *quotas) deleted(f *function.Function) {
 	if q == nil || f == nil {

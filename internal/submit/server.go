@@ -28,6 +28,10 @@ const (
 	// refusedBody is how long the rest of a refused body may take: what is on
 	// its way already arrives, a stalled sender does not delay its answer.
 	refusedBody = 500 * time.Millisecond
+	// answerWrite is how long a client may take to read an answer whole. Who
+	// does not read would keep its connection and what serves it for ever. Logs,
+	// which have no end, have a limit of their own.
+	answerWrite = time.Minute
 )
 
 // Server is the API. Its methods are safe for concurrent use.
@@ -39,8 +43,8 @@ type Server struct {
 	submits  *places
 	openapi  []byte
 	quotas   *quotas // nil: none
-	// accessEvery is a constant to all but tests.
-	accessEvery time.Duration
+	// accessEvery and answerWrite are constants to all but tests.
+	accessEvery, answerWrite time.Duration
 
 	// stopping ends waits, followed logs and long polls.
 	stopping context.Context
@@ -99,7 +103,7 @@ func New(o Options) (*Server, error) {
 		receives: newPlaces(l.Receives),
 		submits:  newPlaces(l.Submits),
 		openapi:  buildOpenAPI(o.Version, o.Access != nil),
-		quotas:   newQuotas(o.Quotas, o.Store, o.Now), accessEvery: accessEvery,
+		quotas:   newQuotas(o.Quotas, o.Store, o.Now), accessEvery: accessEvery, answerWrite: answerWrite,
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	return s, nil
@@ -253,7 +257,10 @@ func (s *Server) endpoint(route string, serve func(*Server, http.ResponseWriter,
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		started := time.Now()
 		id := newRequestID()
-		w := &responseWriter{ResponseWriter: rw}
+		w := &responseWriter{ResponseWriter: rw, limit: s.answerWrite}
+		// What an earlier answer on this connection left is not for this one,
+		// which may begin with an interim one (100 Continue) and last.
+		_ = http.NewResponseController(rw).SetWriteDeadline(time.Time{}) // not every ResponseWriter can
 		h := w.Header()
 		h.Set("Hearth-Request-Id", id)
 		h.Set("X-Content-Type-Options", "nosniff")
@@ -319,23 +326,30 @@ func (s *Server) logRequest(r *http.Request, route, id string, code int, took ti
 	s.log.LogAttrs(ctx, level, "api request", attrs...)
 }
 
-// responseWriter remembers the status.
+// responseWriter remembers the status, and bounds from then on how long the
+// client may take to read.
 type responseWriter struct {
 	http.ResponseWriter
+	limit  time.Duration
 	status int
 }
 
+func (w *responseWriter) begin(status int) {
+	if w.status == 0 {
+		w.status = status
+		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.limit)) // not every ResponseWriter can
+	}
+}
+
 func (w *responseWriter) WriteHeader(code int) {
-	if w.status == 0 && code >= 200 {
-		w.status = code
+	if code >= 200 {
+		w.begin(code)
 	}
 	w.ResponseWriter.WriteHeader(code)
 }
 
 func (w *responseWriter) Write(p []byte) (int, error) {
-	if w.status == 0 {
-		w.status = http.StatusOK
-	}
+	w.begin(http.StatusOK)
 	return w.ResponseWriter.Write(p)
 }
 

@@ -490,6 +490,10 @@ func TestDesiredIsForOneNode(t *testing.T) {
 	if len(got.Candidates) != 0 || len(got.Keep) != 0 || len(got.Routes) != 1 || got.TimeoutMS != v1alpha1.DefaultTimeoutMS || d.BaseDomain != "functions.test" {
 		t.Errorf("where it is not placed: %+v", got)
 	}
+	// Whatever is placed where, each node knows of the others' gateways.
+	if d.Gateways == nil || slices.Contains(d.Gateways, "10.0.0.3:8080") || !slices.Contains(d.Gateways, "10.0.0.1:8080") || !slices.Contains(d.Gateways, "10.0.0.2:8080") {
+		t.Errorf("gateways %v", d.Gateways)
+	}
 	if text := fmt.Sprintf("%+v", d); strings.Contains(text, "s3cret") {
 		t.Error("a secret reached a node that does not need it")
 	}
@@ -557,6 +561,61 @@ func TestDesiredIsForOneNode(t *testing.T) {
 	if v, _ := s.Get(ctx, "placed"); v.Revision.State != v1alpha1.StateReady || v.Active != 2 {
 		t.Errorf("state %s, active %d", v.Revision.State, v.Active)
 	}
+
+	// A revision that answers stays where it is until the next one answers on the
+	// nodes that it is placed on, and reaches no other node, nor do its secrets.
+	pool := func(name string) func(*function.NewRevision) {
+		return func(nr *function.NewRevision) {
+			nr.Settings.Secrets = function.Secrets{"TOKEN": "of-" + name}
+			if name != "" {
+				nr.Settings.Placement = &v1alpha1.FunctionPlacement{NodeSelector: map[string]string{"pool": name}}
+			}
+		}
+	}
+	answer := func(revision int, nodes ...string) {
+		t.Helper()
+		for _, node := range nodes {
+			report(node, v1alpha1.FunctionReport{Name: "moves", Revision: revision, Progress: v1alpha1.ProgressReady, Serving: revision})
+		}
+	}
+	views := func(when string, want map[string][]int) {
+		t.Helper()
+		for _, node := range []string{"node-a", "node-b", "node-c"} {
+			f, _ := of(node, "moves")
+			var have []int
+			for _, c := range f.Candidates {
+				have = append(have, c.Revision)
+			}
+			if !slices.Equal(have, want[node]) {
+				t.Errorf("%s: %s has revisions %v, want %v", when, node, have, want[node])
+			}
+		}
+	}
+	add(t, s, "moves", 1, pool("wasm"))
+	answer(1, "node-a", "node-b")
+	views("at first", map[string][]int{"node-a": {1}, "node-b": {1}})
+	add(t, s, "moves", 2, pool("other"))
+	views("while the new node warms", map[string][]int{"node-a": {1}, "node-b": {1}, "node-c": {2}})
+	if text := fmt.Sprintf("%+v", func() v1alpha1.DesiredFunction { f, _ := of("node-c", "moves"); return f }()); strings.Contains(text, "of-wasm") {
+		t.Errorf("a secret of the old revision is on a node that it was never placed on: %s", text)
+	}
+	answer(2, "node-c")
+	views("when it answers", map[string][]int{"node-c": {2}})
+	report("node-a")
+	report("node-b")
+	if f := read(t, "default", "moves"); f.Status.Warm != "1/1" || f.Status.ActiveRevision != 2 {
+		t.Errorf("status %+v", f.Status)
+	}
+	add(t, s, "moves", 3, pool("nowhere"))
+	views("placed nowhere", map[string][]int{"node-c": {2}})
+	if v, _ := s.Get(ctx, "moves"); v.Active != 2 {
+		t.Errorf("a selector that no node matches switched it off: active %d", v.Active)
+	}
+	add(t, s, "moves", 4, pool(""))
+	views("everywhere", map[string][]int{"node-a": {4}, "node-b": {4}, "node-c": {4, 2}})
+	report("node-a", at(v1alpha1.ProgressReady, 2)) // what else is there stays as it was
+	answer(4, "node-b")
+	views("everywhere, and one answers", map[string][]int{"node-a": {4}, "node-b": {4}, "node-c": {4}})
 
 	// A second store comes to another generation; a node that asks both is not
 	// answered at once by each in turn.

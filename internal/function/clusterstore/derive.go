@@ -68,6 +68,9 @@ func derive(f *kube.Function, rec record, nodes []v1alpha1.FunctionNode, phases 
 		switch {
 		case n.Progress != v1alpha1.ProgressFailed:
 			working++
+			if n.Retrying && obstacle == nil { // it waits for what is in its way
+				obstacle = n.Error
+			}
 		case n.Retrying:
 			working++
 			if obstacle == nil {
@@ -161,7 +164,8 @@ func activate(st *v1alpha1.FunctionStatus, before int, now time.Time) {
 	slices.SortFunc(st.History, func(a, b v1alpha1.RevisionStatus) int { return cmp.Compare(a.Revision, b.Revision) })
 }
 
-// Reasons of the condition Ready.
+// Reasons of the condition Ready. Those of a refused spec that an Admission has
+// stand beside them.
 const (
 	ReasonReady       = "Ready"
 	ReasonPending     = "Pending"
@@ -192,6 +196,12 @@ func readyCondition(st v1alpha1.FunctionStatus) v1alpha1.Condition {
 	case h.State == v1alpha1.StateReady:
 		c.Status, c.Reason = v1alpha1.ConditionTrue, ReasonReady
 		c.Message = fmt.Sprintf("revision %d answers requests", st.Revision)
+		for _, n := range st.Nodes {
+			if n.Revision == st.Revision && n.Progress == v1alpha1.ProgressReady && n.Error != nil {
+				c.Message += "; " + n.Error.Detail // such as of an autoscaler
+				break
+			}
+		}
 	case h.State == v1alpha1.StateFailed:
 		c.Reason, c.Message = ReasonFailed, fmt.Sprintf("revision %d cannot be served: %s%s", st.Revision, detail, instead)
 	case h.Retrying:

@@ -38,25 +38,28 @@ const (
 )
 
 // Adopt makes a Function object that somebody wrote by other means than a
-// Store (kubectl, GitOps) a recorded revision: it claims the name and the
-// additional DNS name, takes in the values of its secrets as they are now, and
-// records the spec. It then brings the status up to date. For what is recorded
-// already that is all. Where the spec is refused it is left alone: condition
-// Ready says False with reason NameTaken, HostTaken or InvalidSpec, and Adopt
-// returns nil; a revision recorded before goes on. Errors are worth a retry.
+// Store (kubectl, GitOps) a recorded revision: it asks the Admission, claims the
+// name and the additional DNS name, takes in the values of its secrets as they
+// are now, and records the spec. It then brings the status up to date. For what
+// is recorded already that is all. Where the spec is refused it is left alone:
+// condition Ready says False with reason NameTaken, HostTaken, InvalidSpec or
+// what the Admission says; a revision recorded before goes on. Adopt then returns
+// nil, or the *Refusal of a spec that may be taken on later. Other errors are
+// worth a retry.
 func (s *Store) Adopt(ctx context.Context, namespace, name string) error {
 	k := key{Namespace: namespace, Name: name}
 	if s.settled(k) {
 		return s.begin(ctx)
 	}
-	return s.attempt(ctx, name, "", func(string) error {
-		err := s.adopt(ctx, k)
-		var invalid *function.ValidationError
-		if errors.As(err, &invalid) || errors.Is(err, function.ErrTaken) || errors.Is(err, function.ErrHostTaken) {
-			return nil // the condition says so
-		}
-		return err
-	})
+	err := s.admitted(ctx, k)
+	var refused *Refusal
+	if errors.As(err, &refused) && refused.Retry > 0 {
+		return refused
+	}
+	if refusal(err) {
+		return nil // the condition says so
+	}
+	return err
 }
 
 // settled says, without a request, that Adopt has nothing to do: most changes
@@ -79,10 +82,11 @@ func (s *Store) settled(k key) bool {
 	return err == nil && string(before) == string(after)
 }
 
-// adopt needs the name's lock. Beside errors of the API server it returns what
-// the condition says: a *function.ValidationError, function.ErrTaken or
-// function.ErrHostTaken.
-func (s *Store) adopt(ctx context.Context, k key) error {
+// adopt needs the name's lock. v is what was decided on the spec; nil: that is
+// yet to be done. Beside errors of the API server and errOtherSpec it returns
+// what the condition says: a *function.ValidationError, *Refusal,
+// function.ErrTaken or function.ErrHostTaken.
+func (s *Store) adopt(ctx context.Context, k key, v *verdict) error {
 	started := time.Now()
 	f, err := s.getFunction(ctx, k)
 	if err != nil || f == nil {
@@ -105,16 +109,7 @@ func (s *Store) adopt(ctx context.Context, k key) error {
 		}
 		return s.writeStatus(ctx, f, s.statusOf(f, rec, f.Status.Nodes, nil))
 	}
-	refuse := func(reason string, why error) error {
-		st := kube.CopyStatus(f.Status)
-		setCondition(&st, v1alpha1.Condition{
-			Type: v1alpha1.ConditionReady, Status: v1alpha1.ConditionFalse, Reason: reason, Message: why.Error(),
-		}, f.Generation, s.o.Now())
-		if err := s.writeStatus(ctx, f, st); err != nil {
-			return err
-		}
-		return why
-	}
+	refuse := func(reason string, why error) error { return s.refuse(ctx, f, reason, why) }
 	if err := function.ValidateName(k.Name); err != nil {
 		return refuse(ReasonInvalidSpec, err)
 	}
@@ -150,15 +145,29 @@ func (s *Store) adopt(ctx context.Context, k key) error {
 		}
 		return errConflict // it is ours now: look again
 	}
+	if v == nil {
+		v = s.judge(ctx, k, f.Spec, false)
+		defer func() { v.over(nil) }()
+	}
+	var refused *Refusal
+	switch {
+	case v.of != specHash(f.Spec):
+		return errOtherSpec
+	case errors.As(v.err, &refused):
+		return refuse(refused.Reason, refused)
+	case v.err != nil:
+		return v.err
+	}
+	d.SizeBytes = v.bytes
 	if e != nil {
 		// Bytes that are known under the same digest are the same module.
 		for _, r := range e.revs {
-			if r.Artifact == artifact {
-				d.ModuleDigest, d.SizeBytes, d.MemoryMinPages = r.ModuleDigest, r.SizeBytes, r.MemoryMinPages
+			if r.Artifact == artifact && r.ModuleDigest != "" {
+				d.ModuleDigest, d.MemoryMinPages = r.ModuleDigest, r.MemoryMinPages
 			}
 		}
 	}
-	_, err = s.commitRevision(ctx, newRevision{
+	made, err := s.commitRevision(ctx, newRevision{
 		// What the annotations of an object without an entry say was said of
 		// another: a copy of a manifest takes them along.
 		key: k, entry: e, object: f, claim: claim, data: d, settings: settings, started: started,
@@ -173,6 +182,8 @@ func (s *Store) adopt(ctx context.Context, k key) error {
 		}
 		return err
 	}
+	v.over(&made.fn)
+	s.audit("apply", "accepted", "", k, f.Spec.Image, &made.fn.Revision)
 	if f, err = s.getFunction(ctx, k); err != nil || f == nil {
 		return err
 	}
@@ -422,7 +433,11 @@ func (s *Store) collectHost(ctx context.Context, name string) error {
 			// Deleted by other means than a Store.
 			spec := claim.Spec
 			spec.ReleasedAt = &now
-			return s.putHost(ctx, claim, name, spec)
+			if err := s.putHost(ctx, claim, name, spec); err != nil {
+				return err
+			}
+			s.audit("delete", "accepted", "", key{Namespace: spec.Namespace, Name: name}, "", nil)
+			return nil
 		}
 		if now.Sub(*claim.Spec.ReleasedAt) < retiredFor {
 			return nil

@@ -121,6 +121,9 @@ type memory struct {
 	// generation is the resource version of the newest change that matters to
 	// a node.
 	generation uint64
+	// everywhere is the generation of the newest change that is not of one
+	// function: of nodes, their gateways or the base domain.
+	everywhere uint64
 	// changed is closed and replaced at every change, to wake waiters.
 	changed     chan struct{}
 	subscribers map[*subscriber]struct{}
@@ -151,9 +154,10 @@ type entry struct {
 	fn      function.Function
 	revs    []function.Revision // ascending; those whose objects are known
 	desired v1alpha1.DesiredFunction
-	// placement are the labels that a node must have.
-	placement map[string]string
-	spin      bool
+	// placements are the labels that a node must have for each candidate of
+	// desired, in their order.
+	placements []map[string]string
+	spin       bool
 	// engines says that nodes' engines are to answer: for a spin function until
 	// its pods do, with the revision that they had before.
 	engines bool
@@ -162,6 +166,8 @@ type entry struct {
 	routes []string
 	// serving are the nodes that answer requests now, sorted.
 	serving []string
+	// since is the generation that it has been like this for nodes since.
+	since uint64
 }
 
 var errIncomplete = errors.New("not all objects of the function are known yet")
@@ -251,8 +257,8 @@ func (m *memory) build(k key) (*entry, error) {
 			}
 		}
 	}
-	if settings.Placement != nil {
-		e.placement = settings.Placement.NodeSelector
+	for _, c := range e.desired.Candidates {
+		e.placements = append(e.placements, e.placementOf(c.Revision))
 	}
 	for _, n := range f.Status.Nodes {
 		if n.Serving != 0 {
@@ -260,6 +266,16 @@ func (m *memory) build(k key) (*entry, error) {
 		}
 	}
 	return e, nil
+}
+
+// placementOf are the labels that a node must have for a revision; nil: none.
+func (e *entry) placementOf(number int) map[string]string {
+	for i := range e.revs {
+		if p := e.revs[i].Settings.Placement; e.revs[i].Number == number && p != nil {
+			return p.NodeSelector
+		}
+	}
+	return nil
 }
 
 // lend reduces what engines should have of a spin function to the resident
@@ -316,6 +332,11 @@ func (m *memory) update(k key, rv uint64) {
 	}
 	if matters(old, e) {
 		m.bump(rv)
+		if e != nil {
+			e.since = m.generation
+		}
+	} else if e != nil && old != nil {
+		e.since = old.since
 	}
 }
 
@@ -330,12 +351,19 @@ func matters(a, b *entry) bool {
 	if a == nil || b == nil {
 		return a != b
 	}
-	return a.key != b.key || a.object.UID != b.object.UID || !maps.Equal(a.placement, b.placement) || !slices.Equal(a.serving, b.serving) ||
+	return a.key != b.key || a.object.UID != b.object.UID || !slices.EqualFunc(a.placements, b.placements, maps.Equal) || !slices.Equal(a.serving, b.serving) ||
 		!reflect.DeepEqual(a.desired, b.desired)
 }
 
 // bump makes a new generation. It needs mu.
 func (m *memory) bump(rv uint64) { m.generation = max(m.generation+1, rv) }
+
+// bumpAll makes a new generation in which every function may be another for some
+// node. It needs mu.
+func (m *memory) bumpAll(rv uint64) {
+	m.bump(rv)
+	m.everywhere = m.generation
+}
 
 // wake wakes all waiters. It needs mu.
 func (m *memory) wake() {
@@ -482,7 +510,7 @@ func (m *memory) putLabels(t *table[map[string]string], k key, mt meta, v map[st
 	defer m.mu.Unlock()
 	old := t.rows[k].value
 	if t.put(k, mt, v) && !maps.Equal(old, v) {
-		m.bump(mt.rv)
+		m.bumpAll(mt.rv)
 		m.wake()
 	}
 }
@@ -491,7 +519,7 @@ func (m *memory) removeLabels(t *table[map[string]string], k key, uid types.UID,
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if t.remove(k, uid, time.Now()) {
-		m.bump(rv)
+		m.bumpAll(rv)
 		m.wake()
 	}
 }
@@ -529,4 +557,26 @@ func (m *memory) placed(placement map[string]string, node string) bool {
 		}
 	}
 	return true
+}
+
+// placedOn is what of a function is to be had on a node: the candidates that are
+// placed there. It needs mu.
+func (m *memory) placedOn(e *entry, node string) v1alpha1.DesiredFunction {
+	f := e.desired
+	var candidates []v1alpha1.DesiredRevision
+	timeout := e.fn.Revision.Settings.TimeoutMS
+	for i, c := range f.Candidates {
+		if m.placed(e.placements[i], node) {
+			candidates = append(candidates, c)
+		}
+		timeout = max(timeout, c.TimeoutMS) // whichever answers elsewhere
+	}
+	switch len(candidates) {
+	case len(f.Candidates):
+	case 0:
+		f = v1alpha1.DesiredFunction{Name: f.Name, Tenant: f.Tenant, TimeoutMS: timeout}
+	default:
+		f.Candidates = candidates
+	}
+	return f
 }

@@ -230,9 +230,15 @@ func (s *Store) statusOf(f *kube.Function, rec record, nodes []v1alpha1.Function
 		}
 	}
 	c := readyCondition(st)
+	if l := f.Spec.Limits; l != nil {
+		if w := function.TimeoutIgnored(f.Spec.Runtime, l.TimeoutMS); w != nil {
+			c.Message += "; " + w.Detail
+		}
+	}
 	if i := slices.IndexFunc(st.Conditions, func(c v1alpha1.Condition) bool { return c.Type == v1alpha1.ConditionReady }); i >= 0 && rec.of != specHash(f.Spec) {
 		switch st.Conditions[i].Reason {
-		case ReasonNameTaken, ReasonHostTaken, ReasonInvalidSpec:
+		case ReasonReady, ReasonPending, ReasonRetrying, ReasonFailed:
+		default:
 			c = st.Conditions[i] // what is refused stays so until it is recorded
 		}
 	}

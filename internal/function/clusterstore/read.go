@@ -176,26 +176,7 @@ func (s *Store) List(ctx context.Context, o function.ListOptions) (function.Page
 	if err := ctx.Err(); err != nil {
 		return function.Page{}, err
 	}
-	var p function.Page
-	i := 0
-	if o.After != "" {
-		var found bool
-		if i, found = slices.BinarySearch(m.names, o.After); found {
-			i++
-		}
-	}
-	for _, name := range m.names[i:] {
-		e := m.entries[name]
-		if o.Tenant != "" && e.key.Namespace != o.Tenant {
-			continue
-		}
-		if o.Limit > 0 && len(p.Items) == o.Limit {
-			p.Next = p.Items[len(p.Items)-1].Name
-			break
-		}
-		p.Items = append(p.Items, e.fn)
-	}
-	return p, nil
+	return function.PageOf(m.names, o, func(name string) *function.Function { return &m.entries[name].fn }), nil
 }
 
 // Revisions implements function.Reader.
@@ -247,7 +228,7 @@ func (s *Store) Stats(ctx context.Context) (function.Stats, error) {
 // Desired implements function.NodeSource for a node that everything is placed
 // on, and that has no peers.
 func (s *Store) Desired(ctx context.Context, after uint64) (v1alpha1.Desired, error) {
-	return s.desired(ctx, after, func(d *v1alpha1.Desired, e *entry) {
+	return s.desired(ctx, after, nil, func(d *v1alpha1.Desired, e *entry) {
 		f := e.desired
 		f.Routes = s.routes(e, d.BaseDomain)
 		d.Functions = append(d.Functions, f)
@@ -256,39 +237,60 @@ func (s *Store) Desired(ctx context.Context, after uint64) (v1alpha1.Desired, er
 
 // DesiredFor is Desired for one node of the cluster. Functions that are placed
 // on it come with candidates and secrets, all others with the addresses of the
-// nodes that serve them.
+// nodes that serve them. Each revision has a placement of its own: one that
+// answers stays on its nodes until the wanted one answers on others, and is told
+// to no node that it was not placed on.
 func (s *Store) DesiredFor(ctx context.Context, node string, after uint64) (v1alpha1.Desired, error) {
 	if node == "" {
 		return v1alpha1.Desired{}, &function.ValidationError{Field: "node", Reason: "must be the name of a node"}
 	}
+	// Functions that did not change since are as they were told.
+	s.mu.Lock()
+	last, known := s.told[node]
+	s.mu.Unlock()
+	if known = known && after != 0 && last.Generation == after; !known {
+		last = v1alpha1.Desired{}
+	}
 	var gateways map[string]string
+	var next int // of last.Functions
+	var changed bool
+	begin := func(d *v1alpha1.Desired) {
+		gateways = s.mem.gateways()
+		d.Gateways = others(node, slices.Sorted(maps.Keys(gateways)), gateways)
+		next, changed = 0, false
+	}
 	add := func(d *v1alpha1.Desired, e *entry) {
-		if len(d.Functions) == 0 {
-			gateways = s.mem.gateways()
+		was := -1
+		for next < len(last.Functions) && last.Functions[next].Name < e.key.Name {
+			next, changed = next+1, true // it is gone
 		}
-		f := e.desired
+		if next < len(last.Functions) && last.Functions[next].Name == e.key.Name {
+			was = next
+			next++
+		}
+		if was >= 0 && e.since <= after && s.mem.everywhere <= after && last.BaseDomain == d.BaseDomain {
+			d.Functions = append(d.Functions, last.Functions[was])
+			return
+		}
+		f := s.mem.placedOn(e, node)
 		f.Routes = s.routes(e, d.BaseDomain)
-		if !s.mem.placed(e.placement, node) {
-			timeout := e.fn.Revision.Settings.TimeoutMS
-			f = v1alpha1.DesiredFunction{Name: f.Name, Tenant: f.Tenant, Routes: f.Routes, TimeoutMS: timeout}
-		}
-		f.Peers = peers(e, node, gateways)
+		f.Peers = others(node, e.serving, gateways)
+		changed = changed || was < 0 || !reflect.DeepEqual(last.Functions[was], f)
 		d.Functions = append(d.Functions, f)
 	}
 	for {
-		d, err := s.desired(ctx, after, add)
+		d, err := s.desired(ctx, after, begin, add)
 		if err != nil {
 			return d, err
 		}
 		// Most of what matters to some node changes nothing for this one.
-		s.mu.Lock()
-		last, ok := s.told[node]
-		same := ok && after != 0 && last.Generation == after && last.BaseDomain == d.BaseDomain && reflect.DeepEqual(last.Functions, d.Functions)
-		if !same && (ok || len(s.told) < maxTold) {
-			s.told[node] = d
-		}
-		s.mu.Unlock()
+		same := known && !changed && next == len(last.Functions) && last.BaseDomain == d.BaseDomain && slices.Equal(last.Gateways, d.Gateways)
 		if !same {
+			s.mu.Lock()
+			if _, ok := s.told[node]; ok || len(s.told) < maxTold {
+				s.told[node] = d
+			}
+			s.mu.Unlock()
 			return d, nil
 		}
 		if err := s.passOver(ctx, d.Generation); err != nil {
@@ -330,13 +332,13 @@ func (s *Store) routes(e *entry, base string) []v1alpha1.HostRoute {
 	return append(slices.Clone(e.desired.Routes), v1alpha1.HostRoute{Host: host, Path: "/"})
 }
 
-// peers are gateways of other nodes that serve the function. Each node begins
-// at another one, so that no node gets the requests of all.
-func peers(e *entry, node string, gateways map[string]string) []string {
+// others are the gateways of those of the nodes (sorted) that are not this one.
+// Each node begins at another one, so that no node gets the requests of all.
+func others(node string, nodes []string, gateways map[string]string) []string {
 	var out []string
-	first, _ := slices.BinarySearch(e.serving, node)
-	for i := range e.serving {
-		n := e.serving[(first+i)%len(e.serving)]
+	first, _ := slices.BinarySearch(nodes, node)
+	for i := range nodes {
+		n := nodes[(first+i)%len(nodes)]
 		if address := gateways[n]; n != node && address != "" && len(out) < v1alpha1.MaxPeers {
 			out = append(out, address)
 		}
@@ -344,9 +346,9 @@ func peers(e *entry, node string, gateways map[string]string) []string {
 	return out
 }
 
-// desired waits until the generation is not after; add is called under the
-// memory's lock.
-func (s *Store) desired(ctx context.Context, after uint64, add func(*v1alpha1.Desired, *entry)) (v1alpha1.Desired, error) {
+// desired waits until the generation is not after; begin, if not nil, and add
+// are called under the memory's lock.
+func (s *Store) desired(ctx context.Context, after uint64, begin func(*v1alpha1.Desired), add func(*v1alpha1.Desired, *entry)) (v1alpha1.Desired, error) {
 	m := s.mem
 	asked := false
 	for {
@@ -358,6 +360,9 @@ func (s *Store) desired(ctx context.Context, after uint64, add func(*v1alpha1.De
 				base = s.o.BaseDomain()
 			}
 			d := v1alpha1.Desired{Generation: generation, BaseDomain: base, Functions: make([]v1alpha1.DesiredFunction, 0, len(m.names))}
+			if begin != nil {
+				begin(&d)
+			}
 			for _, name := range m.names {
 				if e := m.entries[name]; e.engines {
 					add(&d, e)

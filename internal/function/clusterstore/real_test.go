@@ -6,12 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -26,82 +24,45 @@ import (
 
 const system = "hearth-system"
 
-// bench is the one real API server of this package's tests, started by the
-// first test that needs it.
-type bench struct {
-	once    sync.Once
-	cluster *cluster.Cluster
-	err     error
-}
+// shared is the one real API server of this package's tests.
+var shared = cluster.Shared{Start: start}
 
-var shared bench
+func apiServer(t testing.TB) *cluster.Cluster { t.Helper(); return shared.Need(t) }
 
-func apiServer(t testing.TB) *cluster.Cluster {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a real API server")
-	}
-	shared.once.Do(func() { shared.err = shared.start(context.Background()) })
-	if errors.Is(shared.err, cluster.ErrCannotRun) && os.Getenv("CI") == "" {
-		t.Skip(shared.err)
-	}
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.cluster
-}
-
-func (b *bench) start(ctx context.Context) (err error) {
-	if b.cluster, err = cluster.New(ctx, cluster.Options{ControlPlaneOnly: true}); err != nil {
-		return err
+func start(ctx context.Context) (*cluster.Cluster, error) {
+	c, err := cluster.New(ctx, cluster.Options{ControlPlaneOnly: true})
+	if err != nil {
+		return nil, err
 	}
 	files, err := filepath.Glob("../../../packaging/chart/hearth/crds/hearth.sh_*.yaml")
 	if err != nil {
-		return err
+		return c, err
 	}
 	for _, file := range files {
 		manifest, err := os.ReadFile(file)
 		if err != nil {
-			return err
+			return c, err
 		}
-		if _, err := b.cluster.ApplyManifest(ctx, manifest); err != nil {
-			return err
+		if _, err := c.ApplyManifest(ctx, manifest); err != nil {
+			return c, err
 		}
 	}
 	for _, name := range []string{system, "ann", "bob", "one", "two"} {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
-		if _, err := b.cluster.Client().CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
-			return err
+		if _, err := c.Client().CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
+			return c, err
 		}
 	}
-	client, err := kube.NewRESTClient(b.cluster.RESTConfig())
+	client, err := kube.NewRESTClient(c.RESTConfig())
 	if err != nil {
-		return err
+		return c, err
 	}
-	return b.cluster.WaitFor(ctx, "functions and hosts to be served", 20*time.Second, func(ctx context.Context) (bool, error) {
+	return c, c.WaitFor(ctx, "functions and hosts to be served", 20*time.Second, func(ctx context.Context) (bool, error) {
 		return client.Get().Resource("functions").Do(ctx).Error() == nil && client.Get().Resource("hosts").Do(ctx).Error() == nil, nil
 	})
 }
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
-	code := m.Run()
-	if c := shared.cluster; c != nil {
-		if code != 0 && testing.Verbose() {
-			c.DumpLogs(os.Stderr)
-		}
-		if err := c.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	if err := goleak.Find(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	return code
-}
+func TestMain(m *testing.M) { os.Exit(shared.Main(m)) }
 
 var (
 	instances atomic.Int64

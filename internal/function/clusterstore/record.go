@@ -202,6 +202,23 @@ type revisionData struct {
 	Phases    []v1alpha1.Phase `json:"phases,omitempty"`
 }
 
+// pinned is the spec with its secret variables taken from the values that were
+// copied for the revision: the Secret that somebody who applied it named may have
+// others by now, or be gone.
+func (d revisionData) pinned() v1alpha1.FunctionSpec {
+	spec := d.Spec
+	if d.ValuesIn == "" {
+		return spec
+	}
+	spec.Env = slices.Clone(spec.Env)
+	for i := range spec.Env {
+		if spec.Env[i].SecretKeyRef != nil {
+			spec.Env[i].SecretKeyRef = &v1alpha1.SecretKeyRef{Name: d.ValuesIn, Key: spec.Env[i].Name}
+		}
+	}
+	return spec
+}
+
 // settings are those of the revision, given the values of its secrets.
 func (d revisionData) settings(secrets map[string]string) function.Settings {
 	s := function.Settings{

@@ -21,7 +21,8 @@ type Rollout struct {
 	Wanted, Previous *RecordedSpec
 }
 
-// RecordedSpec is the spec that a revision was recorded for.
+// RecordedSpec is the spec that a revision was recorded for. Its secret variables
+// refer to the values as they were then, wherever the spec had them from.
 type RecordedSpec struct {
 	Number int
 	Spec   v1alpha1.FunctionSpec
@@ -45,7 +46,7 @@ func (s *Store) Rollout(namespace, name string) (Rollout, error) {
 	spec := func(number int) *RecordedSpec {
 		for _, ref := range e.rec.revisions {
 			if o := m.kept[k][k.Name+"-"+ref.suffix]; ref.number == number && o != nil {
-				return &RecordedSpec{Number: number, Spec: o.data.Spec}
+				return &RecordedSpec{Number: number, Spec: o.data.pinned()}
 			}
 		}
 		return nil
@@ -131,7 +132,7 @@ func (s *Store) Unobserve(ctx context.Context, namespace, name, node string) err
 func (s *Store) BaseDomainChanged() {
 	m := s.mem
 	m.mu.Lock()
-	m.bump(0)
+	m.bumpAll(0)
 	m.wake()
 	keys := make([]key, 0, len(m.functions.rows))
 	for k := range m.functions.rows {

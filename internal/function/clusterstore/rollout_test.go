@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/function"
@@ -63,6 +65,45 @@ func TestARolloutHasTheSpecsOfItsRevisions(t *testing.T) {
 	}
 	if read(t, "default", "pods").ResourceVersion != before {
 		t.Error("taking back nothing wrote something")
+	}
+}
+
+func TestARolloutHasTheSecretsAsTheyWereRecorded(t *testing.T) {
+	fresh(t)
+	s := open(t, nil)
+	ctx := t.Context()
+	secrets := apiServer(t).Client().CoreV1().Secrets("ann")
+	own := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "mutable"}, Data: map[string][]byte{"pw": []byte("one")}}
+	if _, err := secrets.Create(ctx, own, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, "ann", "pinned", v1alpha1.FunctionSpec{Runtime: v1alpha1.RuntimeSpin, Env: []v1alpha1.EnvVar{
+		{Name: "PLAIN", Value: "p"},
+		{Name: "PASSWORD", SecretKeyRef: &v1alpha1.SecretKeyRef{Name: "mutable", Key: "pw"}},
+	}})
+	if err := s.Adopt(ctx, "ann", "pinned"); err != nil {
+		t.Fatal(err)
+	}
+	own.Data["pw"] = []byte("two")
+	if _, err := secrets.Update(ctx, own, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.Rollout("ann", "pinned")
+	if err != nil || len(r.Wanted.Spec.Env) != 2 || r.Wanted.Spec.Env[0] != (v1alpha1.EnvVar{Name: "PLAIN", Value: "p"}) {
+		t.Fatalf("%+v %v", r.Wanted, err)
+	}
+	ref := r.Wanted.Spec.Env[1].SecretKeyRef
+	if ref == nil {
+		t.Fatal("the secret is held, not named")
+	}
+	copied, err := secrets.Get(ctx, ref.Name, metav1.GetOptions{})
+	if err != nil || string(copied.Data[ref.Key]) != "one" || copied.Immutable == nil || !*copied.Immutable {
+		t.Errorf("the pod gets %s of %s: %q, immutable %v, %v", ref.Key, ref.Name, copied.Data[ref.Key], copied.Immutable, err)
+	}
+	// What its author wrote stays so, and is recorded as it is.
+	f := read(t, "ann", "pinned")
+	if of := f.Spec.Env[1].SecretKeyRef; of == nil || of.Name != "mutable" || !clusterstore.Recorded(f) {
+		t.Errorf("the spec: %+v", f.Spec.Env)
 	}
 }
 

@@ -78,6 +78,12 @@ type Options struct {
 	LeaseDuration time.Duration
 	// Now is the clock of what is recorded; nil means time.Now.
 	Now func() time.Time
+	// Admission decides about specs that somebody wrote by other means than a
+	// Store; nil: all that are valid become revisions.
+	Admission Admission
+	// Audit gets a line for every change that somebody made by such means, as the
+	// submit API's has for those that come its way; nil: none is written.
+	Audit *slog.Logger
 	// Logger gets what goes wrong without failing a call; nil discards it.
 	Logger *slog.Logger
 }

@@ -75,9 +75,8 @@ func (s *Store) current(ctx context.Context, name string) (*entry, *kube.Host, e
 		return nil, nil, err
 	}
 	if e != nil && specHash(e.object.Spec) != e.rec.of {
-		err := s.adopt(ctx, e.key)
-		var invalid *function.ValidationError
-		if errors.As(err, &invalid) || errors.Is(err, function.ErrTaken) || errors.Is(err, function.ErrHostTaken) {
+		err := s.adopt(ctx, e.key, nil)
+		if refusal(err) {
 			return e, claim, nil // refused; what is recorded counts
 		}
 		if err != nil {
@@ -322,7 +321,7 @@ func (s *Store) commit(ctx context.Context, k key, was *kube.Function, spec v1al
 	case apierrors.IsConflict(err), was == nil && apierrors.IsAlreadyExists(err), was != nil && apierrors.IsNotFound(err) && !notServed(err):
 		if was == nil {
 			// Somebody made the object without us (kubectl): it is recorded first.
-			if err := s.adopt(ctx, k); err != nil {
+			if err := s.adopt(ctx, k, nil); err != nil {
 				return nil, err
 			}
 		}
