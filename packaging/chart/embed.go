@@ -9,8 +9,13 @@ import (
 	"embed"
 	"io/fs"
 	"path"
+	"strings"
 	"sync"
 )
+
+// ImageTag is the tag under which `make image` names the image of a version: a
+// tag may hold no "+", which versions may.
+func ImageTag(version string) string { return strings.ReplaceAll(version, "+", "-") }
 
 //go:embed all:hearth
 var files embed.FS

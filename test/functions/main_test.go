@@ -18,7 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -29,6 +28,7 @@ import (
 	"github.com/hearth-sh/hearth/test/chart"
 	"github.com/hearth-sh/hearth/test/cluster"
 	"github.com/hearth-sh/hearth/test/cluster/ingress"
+	"github.com/hearth-sh/hearth/test/ecr"
 	"github.com/hearth-sh/hearth/test/guests"
 )
 
@@ -50,50 +50,35 @@ var (
 	agent    string // the binary, for the command line
 	front    *ingress.Controller
 	registry *cluster.Registry
-	hello    []byte // a guest that can be marked
-	base     string // domain of functions
+	hello    []byte         // a guest that can be marked
+	base     string         // domain of functions
+	trusted  *ecr.Authority // by nodeagent's image
+	noMore   func() error   // ends what tells nodes of their instances
 	visitor  *http.Client
 )
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
-	if err := cluster.Check(); err != nil {
-		fmt.Fprintln(os.Stderr, "the cluster tests do not run here:", err)
-		if os.Getenv("CI") != "" {
-			return 1
-		}
-		return 0
+func TestMain(m *testing.M) {
+	shared := cluster.Shared{
+		First: true, Dump: chart.Dump,
+		Start: func(ctx context.Context) (*cluster.Cluster, error) {
+			err := setUp(ctx)
+			return bench, err
+		},
+		Close: func() {
+			if visitor != nil {
+				visitor.CloseIdleConnections()
+			}
+			if front != nil {
+				front.Close()
+			}
+			if noMore != nil {
+				if err := noMore(); err != nil {
+					fmt.Fprintln(os.Stderr, err)
+				}
+			}
+		},
 	}
-	code := 1
-	if err := setUp(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "set up:", err)
-	} else {
-		code = m.Run()
-	}
-	if bench != nil && code != 0 {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-		chart.Dump(ctx, bench, os.Stderr)
-		cancel()
-		bench.DumpLogs(os.Stderr)
-	}
-	if visitor != nil {
-		visitor.CloseIdleConnections()
-	}
-	if front != nil {
-		front.Close()
-	}
-	if bench != nil {
-		if err := bench.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	if err := goleak.Find(); err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	return code
+	os.Exit(shared.Main(m))
 }
 
 func setUp(ctx context.Context) (err error) {
@@ -104,17 +89,27 @@ func setUp(ctx context.Context) (err error) {
 	if hello, err = os.ReadFile(path); err != nil {
 		return err
 	}
-	var options cluster.Options
+	// An autoscaler looks every 15 s by default.
+	options := cluster.Options{ControllerManagerArgs: []string{"--horizontal-pod-autoscaler-sync-period=2s"}}
 	for _, name := range nodes {
 		options.Nodes = append(options.Nodes, cluster.Node{Name: name})
 	}
 	if bench, err = cluster.New(ctx, options); err != nil {
 		return err
 	}
-	if agent, err = chart.LoadImage(ctx, bench); err != nil {
+	if trusted, err = ecr.NewAuthority(); err != nil {
 		return err
 	}
-	if registry, err = bench.Registry(ctx, cluster.RegistryOptions{}); err != nil {
+	if agent, err = chart.LoadImage(ctx, bench, trusted.PEM); err != nil {
+		return err
+	}
+	if registry, err = bench.Registry(ctx, cluster.RegistryOptions{User: login.Username, Password: login.Password}); err != nil {
+		return err
+	}
+	if err := credentials(ctx); err != nil {
+		return err
+	}
+	if noMore, err = instances(ctx); err != nil {
 		return err
 	}
 	if _, err := bench.ApplyManifest(ctx, spinkube.CRDs()); err != nil {
@@ -141,9 +136,9 @@ func setUp(ctx context.Context) (err error) {
 
 func install(ctx context.Context, values ...string) error {
 	return chart.Install(ctx, bench, append([]string{
-		"api.registry=" + registry.Host + "/hearth", "api.registryPlainHTTP=true",
+		"api.registry=" + registry.Host + "/hearth", "api.registryPlainHTTP=true", "registrySecret=" + registrySecret,
 		"agent.extraArgs[0]=--registry=" + registry.Host, "agent.extraArgs[1]=--registry-plain-http",
-		"agent.heartbeatSeconds=" + strconv.Itoa(heartbeatSeconds),
+		"agent.imds=on", "agent.heartbeatSeconds=" + strconv.Itoa(heartbeatSeconds),
 		"api.quotas.changesPerSecond=1000", "api.quotas.functions=" + strconv.Itoa(quota),
 	}, values...)...)
 }

@@ -13,7 +13,9 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -424,4 +426,111 @@ func TestAPlacedFunctionAnswersThroughEveryNode(t *testing.T) {
 	}
 	t.Logf("%d requests through node-c while the engine of node-a was replaced", asked.Load())
 	waitObject(t, tenant, "placed", "both nodes of the pool to be warm again", warmOn("2/2"))
+}
+
+func TestAFunctionThatIsPlacedElsewhereGoesOnAnswering(t *testing.T) {
+	tenant := newTenant(t)
+	label(t, "node-a", "hearth.test/row", "a")
+	label(t, "node-b", "hearth.test/row", "b")
+	image := submit(t, tenant, "moves-image", "wherever it is").Image
+	row := func(value string) map[string]any {
+		spec := map[string]any{"image": image}
+		if value != "" {
+			spec["placement"] = map[string]any{"nodeSelector": map[string]any{"hearth.test/row": value}}
+		}
+		return spec
+	}
+	at := func(revision int, warm string, nodes ...string) func(*kube.Function) bool {
+		return func(f *kube.Function) bool {
+			var serving []string
+			for _, n := range f.Status.Nodes {
+				if n.Serving == revision {
+					serving = append(serving, n.Name)
+				}
+			}
+			return f.Status.Revision == revision && warmOn(warm)(f) && slices.Equal(serving, nodes)
+		}
+	}
+	apply(t, tenant, "moves", row("a"))
+	f := waitObject(t, tenant, "moves", "it to be warm on its node", at(1, "1/1", "node-a"))
+	var stops []func()
+	for _, node := range nodes {
+		engine, err := onNode(t.Context(), "engine", node)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Whoever answers knows it by now.
+		if err := bench.WaitFor(t.Context(), "the engine of "+node+" to know it", soon, func(ctx context.Context) (bool, error) {
+			response, _, err := ask(ctx, engine, "moves", "")
+			return err == nil && response.StatusCode == http.StatusOK, nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		stops = append(stops, visitEngine(t, engine, "moves"))
+	}
+	stops = append(stops, visit(t, f.Status.URL, "wherever it is"))
+	apply(t, tenant, "moves", row("b"))
+	waitObject(t, tenant, "moves", "it to be warm on the other node alone", at(2, "1/1", "node-b"))
+	// A selector that no node matches switches nothing off.
+	apply(t, tenant, "moves", row("nowhere"))
+	waitObject(t, tenant, "moves", "it to be wanted nowhere", func(f *kube.Function) bool {
+		return f.Status.Revision == 3 && f.Status.ActiveRevision == 2 && f.Status.ObservedGeneration == f.Generation
+	})
+	apply(t, tenant, "moves", row(""))
+	waitObject(t, tenant, "moves", "it to be warm everywhere", at(4, "3/3", nodes...))
+	apply(t, tenant, "moves", row("a"))
+	waitObject(t, tenant, "moves", "it to be back on the first node alone", at(5, "1/1", "node-a"))
+	// The engines of the others have it for a moment yet.
+	for _, node := range []string{"node-b", "node-c"} {
+		engine, err := onNode(t.Context(), "engine", node)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := bench.WaitFor(t.Context(), "the engine of "+node+" to let go of it", soon, func(ctx context.Context) (bool, error) {
+			response, _, err := ask(ctx, engine, "moves", "")
+			return err == nil && strings.Contains(strings.Join(response.Header["Server-Timing"], ", "), "forward;"), nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, stop := range stops {
+		stop()
+	}
+}
+
+// visitEngine is visit by way of one node's engine.
+func visitEngine(t *testing.T, engine corev1.Pod, function string) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var asked int
+	var bad []string
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			response, body, err := ask(ctx, engine, function, "")
+			if ctx.Err() != nil {
+				return
+			}
+			if asked++; err != nil || response.StatusCode != http.StatusOK {
+				if err == nil {
+					err = errors.New(response.Status + " " + body)
+				}
+				bad = append(bad, time.Now().Format(time.TimeOnly)+" "+err.Error())
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(askEvery):
+			}
+		}
+	}()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		<-done
+		if t.Logf("the engine of %s was asked %d times meanwhile", engine.Spec.NodeName, asked); asked == 0 || len(bad) > 0 {
+			t.Errorf("of %d requests by way of %s these failed: %s", asked, engine.Spec.NodeName, strings.Join(bad[:min(len(bad), 10)], "; "))
+		}
+	})
+	t.Cleanup(stop)
+	return stop
 }

@@ -7,12 +7,14 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -38,25 +40,36 @@ var (
 	executors = schema.GroupVersionResource{Group: "core.spinkube.dev", Version: "v1alpha1", Resource: "spinappexecutors"}
 )
 
-// spinTenant is a new tenant of a cluster with a spin-operator. Its pods answer
-// with the image of their revision.
-func spinTenant(t *testing.T) string {
-	t.Helper()
-	program, err := cluster.GoBinary(t.Context(), "./test/cluster/images/toolbox")
-	if err != nil {
-		t.Fatal(err)
+// spinKube is what all tests with spin functions share: the image that answers
+// in their places, its RuntimeClass and one stand-in for the operator, which
+// serves every SpinApp of the cluster.
+type spinKube struct {
+	mu       sync.Mutex // guards the others
+	users    int
+	operator *operatortest.Operator
+}
+
+var spin spinKube
+
+func (s *spinKube) acquire(ctx context.Context) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.operator != nil {
+		s.users++
+		return nil
 	}
-	if err := bench.LoadBinaryImage(t.Context(), toolbox, map[string]string{"/toolbox": program}, "/toolbox"); err != nil {
-		t.Fatal(err)
+	program, err := cluster.GoBinary(ctx, "./test/cluster/images/toolbox")
+	if err != nil {
+		return err
+	}
+	if err := bench.LoadBinaryImage(ctx, toolbox, map[string]string{"/toolbox": program}, "/toolbox"); err != nil {
+		return err
 	}
 	class := &nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: native}, Handler: "runc"}
-	if _, err := bench.Client().NodeV1().RuntimeClasses().Create(t.Context(), class, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
+	if _, err := bench.Client().NodeV1().RuntimeClasses().Create(ctx, class, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		return err
 	}
-	t.Cleanup(func() {
-		_ = bench.Client().NodeV1().RuntimeClasses().Delete(context.Background(), native, metav1.DeleteOptions{})
-	})
-	operator, err := operatortest.Start(t.Context(), operatortest.Options{Config: bench.RESTConfig(), Container: func(c *corev1.Container) {
+	s.operator, err = operatortest.Start(ctx, operatortest.Options{Config: bench.RESTConfig(), Container: func(c *corev1.Container) {
 		// The revision's image stays among the arguments: it is what the answer
 		// says, and what tells the revision to whoever looks at the Deployment.
 		c.Command, c.Args = []string{"/toolbox"}, []string{"serve", ":80", c.Image}
@@ -65,11 +78,30 @@ func spinTenant(t *testing.T) string {
 		}
 		c.Image, c.ImagePullPolicy = toolbox, corev1.PullIfNotPresent
 	}})
-	if err != nil {
+	if err == nil {
+		s.users++
+	}
+	return err
+}
+
+func (s *spinKube) release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.users--; s.users == 0 {
+		s.operator.Close()
+		s.operator = nil
+	}
+}
+
+// spinTenant is a new tenant of a cluster with a spin-operator. Its pods answer
+// with the image of their revision.
+func spinTenant(t *testing.T) string {
+	t.Helper()
+	if err := spin.acquire(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	tenant := newTenant(t)
-	t.Cleanup(operator.Close)
+	t.Cleanup(spin.release)
 	// An executor that is there is used as it is.
 	if _, err := bench.Dynamic().Resource(executors).Namespace(tenant).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "core.spinkube.dev/v1alpha1", "kind": "SpinAppExecutor", "metadata": map[string]any{"name": deploy.DefaultExecutor},

@@ -28,6 +28,9 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 
@@ -58,7 +61,7 @@ func newTeam(t *testing.T) string {
 	if _, err := bench.Client().RbacV1().Roles(tenant).Create(ctx, &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: developer},
 		Rules: []rbacv1.PolicyRule{
-			{APIGroups: []string{v1alpha1.Group}, Resources: []string{"functions"}, Verbs: []string{"create", "update", "get", "list", "delete"}},
+			{APIGroups: []string{v1alpha1.Group}, Resources: []string{"functions"}, Verbs: []string{"create", "update", "patch", "get", "list", "delete"}},
 			{APIGroups: []string{v1alpha1.Group}, Resources: []string{"functions/log"}, Verbs: []string{"get"}},
 		},
 	}, metav1.CreateOptions{}); err != nil {
@@ -275,6 +278,101 @@ func TestTenantsDoNotReachEachOther(t *testing.T) {
 	}
 }
 
+// applier applies Functions as a tenant's own developer, past the API.
+type applier struct {
+	tenant  string
+	objects dynamic.ResourceInterface
+}
+
+func newApplier(t *testing.T, tenant string) applier {
+	t.Helper()
+	config := rest.AnonymousClientConfig(bench.RESTConfig())
+	config.BearerToken = tokenOf(t, tenant)
+	client, err := dynamic.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return applier{tenant, client.Resource(kube.FunctionGVR()).Namespace(tenant)}
+}
+
+func (a applier) apply(t *testing.T, name, image string) {
+	t.Helper()
+	u := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": v1alpha1.APIVersion, "kind": kube.FunctionKind,
+		"metadata": map[string]any{"name": name, "namespace": a.tenant}, "spec": map[string]any{"image": image},
+	}}
+	if _, err := a.objects.Apply(t.Context(), name, u, metav1.ApplyOptions{FieldManager: "kubectl"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refused waits until the function's condition says why it is not taken on.
+func (a applier) refused(t *testing.T, name, reason, says string) {
+	t.Helper()
+	f := waitObject(t, a.tenant, name, name+" to be refused: "+reason, func(f *kube.Function) bool {
+		return slices.ContainsFunc(f.Status.Conditions, func(c v1alpha1.Condition) bool {
+			return c.Type == v1alpha1.ConditionReady && c.Status == v1alpha1.ConditionFalse && c.Reason == reason && strings.Contains(c.Message, says)
+		})
+	})
+	if f.Status.Revision != 0 || f.Status.ActiveRevision != 0 {
+		t.Errorf("%s was recorded: %+v", name, f.Status)
+	}
+}
+
+// audited counts the lines of the replicas' audit log that have all the words.
+func audited(t *testing.T, words ...string) (n int) {
+	t.Helper()
+	for _, p := range replicas(t) {
+		log, err := bench.PodLogs(t.Context(), p.Namespace, p.Name, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(log) {
+			if strings.Contains(line, `"audit":true`) && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func TestWhatATenantAppliesReachesNoOther(t *testing.T) {
+	one, two := newTeam(t), newTeam(t)
+	mine := newPerson(t, replicas(t)[0], tokenOf(t, one, v1alpha1.Group))
+	created := mine.put(t, one, "kept-apart", module(t, "one's secret work"))
+	created.want(t, "a function in one's own namespace", http.StatusCreated, "")
+	f := created.function(t)
+	answers(t, f.URL, "one's secret work")
+
+	theirs := newApplier(t, two)
+	theirs.apply(t, "stolen", f.Image)
+	theirs.refused(t, "stolen", "ImageNotYours", "image of your own")
+	// The nodes have those bytes under their digest: it must be in the
+	// repository that is named.
+	_, digest, _ := strings.Cut(f.Image, "@")
+	own := registry.Host + "/hearth/" + two + "/stolen@" + digest
+	theirs.apply(t, "by-digest", own)
+	theirs.refused(t, "by-digest", "ImageUnavailable", "push it")
+	for _, name := range []string{"stolen", "by-digest"} {
+		if status, body, err := get(t.Context(), "http://"+name+"."+base+"/"); err == nil && (status == http.StatusOK || strings.Contains(body, "one's secret work")) {
+			t.Errorf("%s answers %d %s", name, status, body)
+		}
+	}
+	// The owner applies the same image, and it runs.
+	newApplier(t, one).apply(t, "kept-apart-too", f.Image)
+	applied := waitObject(t, one, "kept-apart-too", "the owner's to be warm", allWarm)
+	answers(t, applied.Status.URL, "one's secret work")
+
+	for _, words := range [][]string{
+		{`"action":"apply"`, `"outcome":"refused"`, `"problem":"ImageNotYours"`, `"tenant":"` + two + `"`, `"function":"stolen"`},
+		{`"action":"apply"`, `"outcome":"accepted"`, `"tenant":"` + one + `"`, `"function":"kept-apart-too"`, `"revision":1`},
+	} {
+		if n := audited(t, words...); n != 1 {
+			t.Errorf("%d lines of the audit log have %v", n, words)
+		}
+	}
+}
+
 func TestOnlyGoodTokensAreHeard(t *testing.T) {
 	tenant := newTeam(t)
 	good := tokenOf(t, tenant, v1alpha1.Group)
@@ -403,6 +501,17 @@ func TestATenantHasRoomForItsQuota(t *testing.T) {
 		if a, err := put(c.n, module(t, "another one of many")); err != nil || a.status != http.StatusAccepted {
 			t.Errorf("%s: %s %v", c.what, a, err)
 		}
+	}
+	// What is applied has no more room than what is submitted, until there is some.
+	hand := newApplier(t, tenant)
+	image := dev.must(t, http.MethodGet, fmt.Sprint("/v1/functions/quota-", accepted[0]), nil).function(t).Image
+	hand.apply(t, "quota-applied", image)
+	hand.refused(t, "quota-applied", "QuotaExceeded", fmt.Sprint("may have ", quota))
+	dev.must(t, http.MethodDelete, fmt.Sprint("/v1/functions/quota-", accepted[2]), nil).want(t, "deleting one", http.StatusNoContent, "")
+	f := waitObject(t, tenant, "quota-applied", "the applied function to have room", func(f *kube.Function) bool { return f.Status.ActiveRevision == 1 })
+	answers(t, f.Status.URL, "another one of many")
+	if a, err := put(refused[1], wasm); err != nil || a.code() != "quota-exceeded" {
+		t.Errorf("beside the applied one: %s %v", a, err)
 	}
 }
 

@@ -208,66 +208,71 @@ func TestEveryValueDoesSomething(t *testing.T) {
 	}
 	digest := "sha256:" + strings.Repeat("a", 64)
 	tests := map[string]struct{ set, want string }{
-		"image.repository":             {"image.repository=reg.example:5000/x/nodeagent", "image: reg.example:5000/x/nodeagent:0.1.0"},
-		"image.tag":                    {"image.tag=v9", "image: hearth.sh/nodeagent:v9"},
-		"image.digest":                 {"image.digest=" + digest, "image: hearth.sh/nodeagent@" + digest},
-		"image.pullPolicy":             {"image.pullPolicy=Always", "imagePullPolicy: Always"},
-		"imagePullSecrets":             {"imagePullSecrets[0].name=ecr", "imagePullSecrets:\n        - name: ecr"},
-		"agent.nodeSelector":           {"agent.nodeSelector.pool=wasm", "pool: wasm"},
-		"agent.tolerations":            {"agent.tolerations[0].key=mine", "key: mine"},
-		"agent.affinity":               {"agent.affinity.nodeAffinity.x=y", "x: \"y\""},
-		"agent.resources":              {"agent.resources.limits.memory=3Gi", "memory: 3Gi"},
-		"agent.dataDir":                {"agent.dataDir=/data/hearth", "--store-dir=/data/hearth/store"},
-		"agent.storeBudgetMiB":         {"agent.storeBudgetMiB=100", "--store-budget=100"},
-		"agent.port":                   {"agent.port=9999", "--http-listen=:9999"},
-		"agent.imds":                   {"agent.imds=off", "name: HEARTH_IMDS, value: \"off\""},
-		"agent.containerdSocket":       {"agent.containerdSocket=/run/c.sock", "name: HEARTH_CONTAINERD_SOCKET, value: \"/run/c.sock\""},
-		"agent.prefetch":               {"agent.prefetch[0]=reg.example/a:1", "images: |\n    reg.example/a:1"},
-		"agent.drainOnRebalance":       {"agent.drainOnRebalance=true", "--drain-on-rebalance"},
-		"agent.heartbeatSeconds":       {"agent.heartbeatSeconds=20", "--stale-after=90s"},
-		"agent.logLevel":               {"agent.logLevel=debug", "--log-level=debug"},
-		"agent.env":                    {"agent.env[0].name=X,agent.env[0].value=y", "- name: X\n              value: \"y\""},
-		"agent.extraArgs":              {"agent.extraArgs[0]=--pod-name=x", "- --pod-name=x"},
-		"engine.enabled":               {"engine.enabled=false", "--engine-socket=\n"},
-		"engine.nodeSelector":          {"engine.nodeSelector.pool=wasm", "pool: wasm"},
-		"engine.tolerations":           {"engine.tolerations[0].key=mine", "key: mine"},
-		"engine.affinity":              {"engine.affinity.nodeAffinity.x=y", "x: \"y\""},
-		"engine.resources":             {"engine.resources.limits.memory=3Gi", "memory: 3Gi"},
-		"engine.port":                  {"engine.port=8888", "--listen=:8888"},
-		"engine.probePort":             {"engine.probePort=8889", "--http-listen=:8889"},
-		"engine.baseDomain":            {"engine.baseDomain=fn.example.com", "--base-domain=fn.example.com"},
-		"engine.isolation":             {"engine.isolation=function", "--isolation=function"},
-		"engine.logLevel":              {"engine.logLevel=debug", "--log-level=debug"},
-		"engine.networkPolicy":         {"engine.networkPolicy=false", ""},
-		"api.enabled":                  {"api.enabled=false", ""},
-		"api.replicas":                 {"api.replicas=3", "replicas: 3"},
-		"api.nodeSelector":             {"api.nodeSelector.pool=control-plane", "pool: control-plane"},
-		"api.tolerations":              {"api.tolerations[0].key=mine", "key: mine"},
-		"api.affinity":                 {"api.affinity.nodeAffinity.x=y", "x: \"y\""},
-		"api.resources":                {"api.resources.limits.memory=3Gi", "memory: 3Gi"},
-		"api.priorityClassName":        {"api.priorityClassName=mine", "priorityClassName: mine"},
-		"api.port":                     {"api.port=8888", "--listen=:8888"},
-		"api.tlsPort":                  {"api.tlsPort=8889", "--tls-listen=:8889"},
-		"api.probePort":                {"api.probePort=8890", "--http-listen=:8890"},
-		"api.registry":                 {"api.registry=reg.example:5000/hearth", "--registry=reg.example:5000/hearth"},
-		"api.registryPlainHTTP":        {"api.registryPlainHTTP=true", "--registry-plain-http"},
-		"api.registrySecret":           {"api.registrySecret=push", "secretName: push"},
-		"api.imds":                     {"api.imds=on", "name: HEARTH_IMDS, value: \"on\""},
-		"api.hostNetwork":              {"api.hostNetwork=true", ""},
-		"api.hostTemplate":             {"api.hostTemplate=\\{name\\}-\\{tenant\\}.\\{base\\}", "--host-template={name}-{tenant}.{base}"},
-		"api.ingressClass":             {"api.ingressClass=nginx", "--ingress-class=nginx"},
-		"api.ingressAnnotations":       {"api.ingressAnnotations.note=text", `--ingress-annotations={\"note\":\"text\"}`},
-		"api.host":                     {"api.host=api.example.com", "host: api.example.com"},
-		"api.quotas.functions":         {"api.quotas.functions=7", "--quota-functions=7"},
-		"api.quotas.mib":               {"api.quotas.mib=7", "--quota-mib=7"},
-		"api.quotas.changesPerSecond":  {"api.quotas.changesPerSecond=7", "--quota-changes=7"},
-		"api.quotas.requestsPerSecond": {"api.quotas.requestsPerSecond=7", "--quota-requests=7"},
-		"api.logLevel":                 {"api.logLevel=debug", "--log-level=debug"},
-		"api.env":                      {"api.env[0].name=X,api.env[0].value=y", "- name: X\n              value: \"y\""},
-		"api.extraArgs":                {"api.extraArgs[0]=--pod-name=x", "- --pod-name=x"},
-		"runtimeClasses":               {"runtimeClasses[0].name=w,runtimeClasses[0].handler=edge,runtimeClasses[0].label=wasmedge", `hearth.sh/runtime-wasmedge: "true"`},
-		"priorityClassName":            {"priorityClassName=mine", "priorityClassName: mine"},
-		"podAnnotations":               {"podAnnotations.note=text", "note: text"},
+		"image.repository":                   {"image.repository=reg.example:5000/x/nodeagent", "image: reg.example:5000/x/nodeagent:0.1.0"},
+		"image.tag":                          {"image.tag=v9", "image: hearth.sh/nodeagent:v9"},
+		"image.digest":                       {"image.digest=" + digest, "image: hearth.sh/nodeagent@" + digest},
+		"image.pullPolicy":                   {"image.pullPolicy=Always", "imagePullPolicy: Always"},
+		"imagePullSecrets":                   {"imagePullSecrets[0].name=ecr", "imagePullSecrets:\n        - name: ecr"},
+		"agent.nodeSelector":                 {"agent.nodeSelector.pool=wasm", "pool: wasm"},
+		"agent.tolerations":                  {"agent.tolerations[0].key=mine", "key: mine"},
+		"agent.affinity":                     {"agent.affinity.nodeAffinity.x=y", "x: \"y\""},
+		"agent.resources":                    {"agent.resources.limits.memory=3Gi", "memory: 3Gi"},
+		"agent.dataDir":                      {"agent.dataDir=/data/hearth", "--store-dir=/data/hearth/store"},
+		"agent.storeBudgetMiB":               {"agent.storeBudgetMiB=100", "--store-budget=100"},
+		"agent.port":                         {"agent.port=9999", "--http-listen=:9999"},
+		"agent.imds":                         {"agent.imds=off", "name: HEARTH_IMDS, value: \"off\""},
+		"agent.containerdSocket":             {"agent.containerdSocket=/run/c.sock", "name: HEARTH_CONTAINERD_SOCKET, value: \"/run/c.sock\""},
+		"agent.prefetch":                     {"agent.prefetch[0]=reg.example/a:1", "images: |\n    reg.example/a:1"},
+		"agent.drainOnRebalance":             {"agent.drainOnRebalance=true", "--drain-on-rebalance"},
+		"agent.heartbeatSeconds":             {"agent.heartbeatSeconds=20", "--stale-after=90s"},
+		"agent.logLevel":                     {"agent.logLevel=debug", "--log-level=debug"},
+		"agent.env":                          {"agent.env[0].name=X,agent.env[0].value=y", "- name: X\n              value: \"y\""},
+		"agent.extraArgs":                    {"agent.extraArgs[0]=--pod-name=x", "- --pod-name=x"},
+		"engine.enabled":                     {"engine.enabled=false", "--engine-socket=\n"},
+		"engine.nodeSelector":                {"engine.nodeSelector.pool=wasm", "pool: wasm"},
+		"engine.tolerations":                 {"engine.tolerations[0].key=mine", "key: mine"},
+		"engine.affinity":                    {"engine.affinity.nodeAffinity.x=y", "x: \"y\""},
+		"engine.resources":                   {"engine.resources.limits.memory=3Gi", "memory: 3Gi"},
+		"engine.port":                        {"engine.port=8888", "--listen=:8888"},
+		"engine.probePort":                   {"engine.probePort=8889", "--http-listen=:8889"},
+		"engine.baseDomain":                  {"engine.baseDomain=fn.example.com", "--base-domain=fn.example.com"},
+		"engine.quotas.invocationsPerSecond": {"engine.quotas.invocationsPerSecond=7", "--quota-invocations=7"},
+		"registrySecret":                     {"registrySecret=push", "secretName: push\n            defaultMode: 0400"},
+		"engine.isolation":                   {"engine.isolation=function", "--isolation=function"},
+		"engine.logLevel":                    {"engine.logLevel=debug", "--log-level=debug"},
+		"engine.networkPolicy":               {"engine.networkPolicy=false", ""},
+		"api.enabled":                        {"api.enabled=false", ""},
+		"api.replicas":                       {"api.replicas=3", "replicas: 3"},
+		"api.nodeSelector":                   {"api.nodeSelector.pool=control-plane", "pool: control-plane"},
+		"api.tolerations":                    {"api.tolerations[0].key=mine", "key: mine"},
+		"api.affinity":                       {"api.affinity.nodeAffinity.x=y", "x: \"y\""},
+		"api.resources":                      {"api.resources.limits.memory=3Gi", "memory: 3Gi"},
+		"api.priorityClassName":              {"api.priorityClassName=mine", "priorityClassName: mine"},
+		"api.port":                           {"api.port=8888", "--listen=:8888"},
+		"api.tlsPort":                        {"api.tlsPort=8889", "--tls-listen=:8889"},
+		"api.probePort":                      {"api.probePort=8890", "--http-listen=:8890"},
+		"api.registry":                       {"api.registry=reg.example:5000/hearth", "--registry=reg.example:5000/hearth"},
+		"api.registryPlainHTTP":              {"api.registryPlainHTTP=true", "--registry-plain-http"},
+		"api.spinPullSecret":                 {"api.spinPullSecret=pull", "--spin-pull-secret=pull"},
+		"api.imds":                           {"api.imds=on", "name: HEARTH_IMDS, value: \"on\""},
+		"api.hostNetwork":                    {"api.hostNetwork=true", ""},
+		"api.hostTemplate":                   {"api.hostTemplate=\\{name\\}-\\{tenant\\}.\\{base\\}", "--host-template={name}-{tenant}.{base}"},
+		"api.ingressClass":                   {"api.ingressClass=nginx", "--ingress-class=nginx"},
+		"api.ingressAnnotations":             {"api.ingressAnnotations.note=text", `--ingress-annotations={\"note\":\"text\"}`},
+		"api.host":                           {"api.host=api.example.com", "host: api.example.com"},
+		"api.tls.enabled":                    {"api.host=api.example.com,api.tls.enabled=false", "host: api.example.com"},
+		"api.tls.secretName":                 {"api.host=api.example.com,api.tls.secretName=cert", "tls:\n    - hosts: [api.example.com]\n      secretName: cert"},
+		"api.guardHosts":                     {"api.guardHosts=true,engine.baseDomain=fn.example.com", `r.host.endsWith(".fn.example.com")`},
+		"api.quotas.functions":               {"api.quotas.functions=7", "--quota-functions=7"},
+		"api.quotas.mib":                     {"api.quotas.mib=7", "--quota-mib=7"},
+		"api.quotas.changesPerSecond":        {"api.quotas.changesPerSecond=7", "--quota-changes=7"},
+		"api.quotas.requestsPerSecond":       {"api.quotas.requestsPerSecond=7", "--quota-requests=7"},
+		"api.logLevel":                       {"api.logLevel=debug", "--log-level=debug"},
+		"api.env":                            {"api.env[0].name=X,api.env[0].value=y", "- name: X\n              value: \"y\""},
+		"api.extraArgs":                      {"api.extraArgs[0]=--pod-name=x", "- --pod-name=x"},
+		"runtimeClasses":                     {"runtimeClasses[0].name=w,runtimeClasses[0].handler=edge,runtimeClasses[0].label=wasmedge", `hearth.sh/runtime-wasmedge: "true"`},
+		"priorityClassName":                  {"priorityClassName=mine", "priorityClassName: mine"},
+		"podAnnotations":                     {"podAnnotations.note=text", "note: text"},
 	}
 	for _, leaf := range schemaLeaves(t) {
 		t.Run(leaf.path, func(t *testing.T) {
@@ -612,6 +617,34 @@ func TestTheAPIIsNobodyOnItsNode(t *testing.T) {
 		if v.HostPath != nil {
 			t.Errorf("it sees %s of the host", v.HostPath.Path)
 		}
+	}
+}
+
+// TestTheAPIsHostHasTLS: callers show it their tokens.
+func TestTheAPIsHostHasTLS(t *testing.T) {
+	for name, tt := range map[string]struct {
+		set  string
+		want []networkingv1.IngressTLS
+	}{
+		"unless it is said otherwise": {"api.host=api.example.com", []networkingv1.IngressTLS{{Hosts: []string{"api.example.com"}}}},
+		"with a certificate of one's own": {
+			"api.host=api.example.com,api.tls.secretName=cert",
+			[]networkingv1.IngressTLS{{Hosts: []string{"api.example.com"}, SecretName: "cert"}},
+		},
+		"except where that is done before": {"api.host=api.example.com,api.tls.enabled=false", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := as[networkingv1.Ingress](t, rendered(t, "--set", tt.set), "Ingress/hearth-api").Spec.TLS
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestHostsCannotBeGuardedBelowADomainNobodyKnows(t *testing.T) {
+	if _, err := render(t, "--set", "api.guardHosts=true"); err == nil || !strings.Contains(err.Error(), "engine.baseDomain") {
+		t.Errorf("got %v", err)
 	}
 }
 

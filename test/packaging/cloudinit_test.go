@@ -20,6 +20,7 @@ import (
 
 	"github.com/hearth-sh/hearth/internal/nodeconfig"
 	ec2 "github.com/hearth-sh/hearth/test/machine"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 const (
@@ -126,11 +127,11 @@ func TestUserDataIsTheExamples(t *testing.T) {
 // TestCloudInitAcceptsTheUserData asks the cloud-init of the machine image.
 func TestCloudInitAcceptsTheUserData(t *testing.T) {
 	if err := ec2.Check(); err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	directory, err := ec2.Root(t.Context(), os.Stderr)
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	dir, err := filepath.Abs(templates)
 	if err != nil {
@@ -167,7 +168,7 @@ func TestFetchScriptPassesShellcheck(t *testing.T) {
 func TestFetchScript(t *testing.T) {
 	for _, program := range []string{"curl", "gunzip", "sha256sum"} {
 		if _, err := exec.LookPath(program); err != nil {
-			cannot(t, "%v", err)
+			needs.Missing(t, "%v", err)
 		}
 	}
 	source, err := os.ReadFile(templates + "/fetch.sh")

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 const scripts = root + "/packaging/linux"
@@ -221,7 +222,7 @@ func TestRPMs(t *testing.T) {
 func TestTheBootstrapUnitsSettingsExist(t *testing.T) {
 	binary, err := bootstrapper()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	help := must(t, "", nil, binary, "run", "--help")
 	env, err := os.ReadFile(filepath.Join(scripts, "bootstrap.env"))
@@ -247,7 +248,7 @@ func TestTheBootstrapUnitsSettingsExist(t *testing.T) {
 func TestTheUnitsOptionsExist(t *testing.T) {
 	binary, err := nodeagent()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	for command, unit := range map[string]string{"run": "hearth-nodeagent.service", "engine": "hearth-engine.service"} {
 		help := must(t, "", nil, binary, command, "--help")
@@ -287,7 +288,7 @@ func TestTheUnitsOptionsExist(t *testing.T) {
 func TestTheChartsOptionsExist(t *testing.T) {
 	binary, err := nodeagent()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	all := rendered(t, "--set", "agent.containerdSocket=/run/x.sock", "--set", "agent.drainOnRebalance=true")
 	for command, name := range map[string]string{"run": "hearth-nodeagent", "engine": "hearth-engine"} {

@@ -14,13 +14,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/hearth-sh/hearth/test/needs"
+	"github.com/hearth-sh/hearth/test/process"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,7 +46,7 @@ func debianRoot(t *testing.T) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	key := sha256.Sum256([]byte(suite + " " + rootPackages))
 	dir := filepath.Join(cache, "hearth", "debian-"+hex.EncodeToString(key[:6]))
@@ -66,7 +67,7 @@ func debianRoot(t *testing.T) string {
 	made := filepath.Join(temp, "root")
 	cmd := exec.CommandContext(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--include="+rootPackages, suite, made)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		cannot(t, "make a Debian root: %v\n%s", err, out)
+		needs.Missing(t, "make a Debian root: %v\n%s", err, out)
 	}
 	if err := os.Rename(made, dir); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, unix.ENOTEMPTY) {
 		t.Fatal(err)
@@ -95,9 +96,7 @@ func nspawn(ctx context.Context, directory string, args ...string) *exec.Cmd {
 // boot starts a machine that ends with the test.
 func boot(t *testing.T) *machine {
 	t.Helper()
-	if os.Getuid() != 0 {
-		cannot(t, "only root can start containers")
-	}
+	needs.Root(t, "starting containers")
 	need(t)
 	root := debianRoot(t)
 	m := &machine{namespace: "hearth-pk-" + strconv.Itoa(os.Getpid())}
@@ -116,7 +115,7 @@ func boot(t *testing.T) *machine {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	cmd.WaitDelay = soon
 	if err := cmd.Start(); err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -139,7 +138,7 @@ func boot(t *testing.T) *machine {
 		select {
 		case err := <-ended:
 			ended <- err
-			cannot(t, "the container ended: %v\n%s", err, console.String())
+			needs.Missing(t, "the container ended: %v\n%s", err, console.String())
 		case <-time.After(pause):
 		}
 		state := "no systemd yet"
@@ -220,21 +219,7 @@ func (m *machine) await(t *testing.T, what string, so func() bool) {
 
 // within calls f on a thread in the machine's network; the thread ends with it.
 func (m *machine) within(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread is of no use to anyone else afterwards.
-		runtime.LockOSThread()
-		file, err := os.Open("/run/netns/" + m.namespace)
-		if err == nil {
-			err = unix.Setns(int(file.Fd()), unix.CLONE_NEWNET)
-			_ = file.Close()
-		}
-		if err == nil {
-			err = f()
-		}
-		done <- err
-	}()
-	return <-done
+	return process.InNetNS("/run/netns/"+m.namespace, f)
 }
 
 // listen opens a listener in the machine's network.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/hearth-sh/hearth/test/cluster"
 	"github.com/hearth-sh/hearth/test/harness"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 var update = flag.Bool("update", false, "write packaging/manifests/hearth.yaml and the table of docs/operations.md")
@@ -36,16 +37,6 @@ const (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// cannot skips a test that this machine cannot run; in CI that is a failure,
-// or a broken machine would look like a passing one.
-func cannot(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf("cannot run here: "+format, args...)
-	}
-	t.Skipf("cannot run here: "+format, args...)
-}
-
 var installDependencies = sync.OnceValue(func() error {
 	ctx, cancel := context.WithTimeout(context.Background(), buildTimeout)
 	defer cancel()
@@ -60,7 +51,7 @@ var installDependencies = sync.OnceValue(func() error {
 func need(t *testing.T) {
 	t.Helper()
 	if err := installDependencies(); err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	// What only root can run is beside everyone else's PATH.
 	t.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
@@ -92,7 +83,7 @@ func tool(t *testing.T, name string) string {
 	t.Helper()
 	bin, err := buildTools()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	return filepath.Join(bin, name)
 }

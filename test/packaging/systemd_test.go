@@ -15,6 +15,7 @@ import (
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/imds/imdstest"
 	"github.com/hearth-sh/hearth/test/harness"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 const (
@@ -36,11 +37,11 @@ func shippedDeb(t *testing.T) string {
 	t.Helper()
 	binary, err := nodeagent()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	boot, err := bootstrapper()
 	if err != nil {
-		cannot(t, "%v", err)
+		needs.Missing(t, "%v", err)
 	}
 	dir := t.TempDir()
 	for name, from := range map[string]string{"nodeagent": binary, "bootstrap": boot} {
@@ -54,9 +55,7 @@ func shippedDeb(t *testing.T) string {
 // TestThePackageInstallsWithoutSystemd is how machine images are made: nothing
 // runs, and yet the engine's user is there for the first boot.
 func TestThePackageInstallsWithoutSystemd(t *testing.T) {
-	if os.Getuid() != 0 {
-		cannot(t, "only root can start containers")
-	}
+	needs.Root(t, "starting containers")
 	need(t)
 	deb, directory := shippedDeb(t), debianRoot(t)
 	script := `set -eu
