@@ -148,7 +148,8 @@ type SnapshotsConfig struct {
 	// Schedule is when, in cron's form of five fields or @hourly, @daily and so
 	// on, in the machine's time zone. Default: 0 */6 * * *.
 	Schedule string `json:"schedule,omitempty"`
-	// Retention is how many are kept, 1 to 1000. Default: 28.
+	// Retention is how many are kept, 1 to 1000: on each server its own, in the
+	// bucket those of all servers together. Default: 28.
 	Retention int `json:"retention,omitempty"`
 }
 
@@ -194,7 +195,8 @@ type ArtifactsConfig struct {
 
 // ArtifactFile is one file to install. Names that bootstrap knows: k3s,
 // k3s-airgap-images, containerd-shim-spin-v2 (and other shims by their binary's
-// name), ecr-credential-provider, nodeagent, cni-manifest.
+// name), ecr-credential-provider, nodeagent, hearth-image (what the pods of our
+// chart run, an archive as `make image` writes it), cni-manifest.
 type ArtifactFile struct {
 	// Name says what it is.
 	Name string `json:"name"`
@@ -255,9 +257,11 @@ type NetworkConfig struct {
 // RegistriesConfig says where images come from.
 type RegistriesConfig struct {
 	// SystemDefault is put before the names of k3s's own images: a registry's
-	// host, with a path if need be. Default: none. Something must keep a fresh
-	// cluster from Docker Hub's rate limits: this, a mirror of docker.io, or
-	// the artifact k3s-airgap-images.
+	// host, with a path if need be. Servers hand theirs to agents, whose k3s has
+	// no such setting; an agent's own changes nothing and only says that the
+	// servers have one. Default: none. Something must keep a fresh cluster from
+	// Docker Hub's rate limits: this, a mirror of docker.io, or the artifact
+	// k3s-airgap-images.
 	SystemDefault string `json:"systemDefault,omitempty"`
 	// Mirrors maps a registry's host (or "*" for all others) to the endpoints
 	// asked instead.
@@ -281,7 +285,10 @@ type RegistryMirror struct {
 
 // AddonsConfig are installed by servers.
 type AddonsConfig struct {
-	// Hearth is our own chart: node agent, engine. Default: enabled.
+	// Hearth is our own chart: node agent, engine. Servers install it, with what
+	// they say of it; on an agent enabled decides whether it registers with the
+	// taint that only the node agent removes. Its image is the artifact
+	// hearth-image, or is pulled from values.image.repository. Default: enabled.
 	Hearth AddonConfig `json:"hearth,omitzero"`
 	// SpinKube is the SpinKube operator. Default: disabled.
 	SpinKube AddonConfig `json:"spinkube,omitzero"`
@@ -338,7 +345,8 @@ type CloudFormationSignal struct {
 // TimeoutsConfig bounds the phases. Each is between 10s and 24h, and none is
 // longer than Total.
 type TimeoutsConfig struct {
-	// Total bounds a run. Default: 30m.
+	// Total bounds a run, and how long runs may fail together before a machine
+	// that never was a node is given up. Default: 30m.
 	Total Duration `json:"total,omitempty"`
 	// Fetch bounds all downloads. Default: 10m.
 	Fetch Duration `json:"fetch,omitempty"`

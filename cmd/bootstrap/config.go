@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -113,11 +114,14 @@ func explained(err error) error {
 	if err == nil {
 		return nil
 	}
-	code := bootstrap.ExitConfig
+	code, message := bootstrap.ExitConfig, err.Error()
 	if fault.CodeOf(err) == "" {
 		code = bootstrap.ExitInternal
-	} else if isMetadata(fault.CodeOf(err)) {
+	} else {
+		message += fmt.Sprintf(" (bootstrap explain %s)", fault.CodeOf(err))
+	}
+	if isMetadata(fault.CodeOf(err)) {
 		code = bootstrap.ExitMetadata
 	}
-	return cli.Exit(err.Error(), code)
+	return cli.Exit(message, code)
 }

@@ -48,6 +48,10 @@ func needs(spec v1alpha1.NodeConfigSpec) []need {
 	if ecr := spec.Registries.ECR; ecr == nil || *ecr {
 		list = append(list, need{name: nodeconfig.ArtifactECRProvider, optional: ecr == nil})
 	}
+	if on := spec.Addons.Hearth.Enabled; on != nil && *on && !nodeconfig.PullsHearth(&spec) {
+		// Where it must be there, nodeconfig.CheckArtifacts says so.
+		list = append(list, need{name: nodeconfig.ArtifactHearthImage, optional: true})
+	}
 	if handedOver(spec) && spec.Role == v1alpha1.RoleServer {
 		list = append(list, need{name: nodeconfig.ArtifactCNIManifest})
 	}
@@ -156,6 +160,10 @@ func place(a *artifact.Artifact) {
 		// k3s tells the compression by the file's name.
 		dir, mode = imagesDir, 0o644
 		file = fileName(a.URLs)
+	case nodeconfig.ArtifactHearthImage:
+		// Never the name of k3s's own archive, whatever the URLs end in.
+		dir, mode = imagesDir, 0o644
+		file = a.Name + archiveSuffix(*a)
 	case nodeconfig.ArtifactECRProvider:
 		dir = providerDir
 	case nodeconfig.ArtifactCNIManifest:
@@ -167,6 +175,23 @@ func place(a *artifact.Artifact) {
 	if a.Mode == 0 {
 		a.Mode = mode
 	}
+}
+
+// archiveSuffixes are those by which k3s knows archives of images, and how they
+// are compressed (tarfile of rancher/wharfie).
+var archiveSuffixes = []string{".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz", ".tar.lz4"}
+
+// archiveSuffix is what the name of an archive of images must end in.
+func archiveSuffix(a artifact.Artifact) string {
+	if a.Format == "" || a.Format == artifact.FormatRaw {
+		name := fileName(a.URLs)
+		for _, suffix := range archiveSuffixes {
+			if strings.HasSuffix(name, suffix) {
+				return suffix
+			}
+		}
+	}
+	return ".tar"
 }
 
 // misnamed are the shims that older k3s looks for under one name and that its

@@ -69,6 +69,21 @@ func TestWhatANodeIsMadeOf(t *testing.T) {
 			s.Artifacts.Files = []v1alpha1.ArtifactFile{file("k3s-airgap-images", "arm64", "s3://b/v1/k3s-airgap-images-arm64.tar.zst", someDigest)}
 		}), list,
 			[]string{"k3s@/usr/local/bin/k3s", "k3s-airgap-images@/var/lib/rancher/k3s/agent/images/k3s-airgap-images-arm64.tar.zst", "nodeagent@/usr/local/bin/nodeagent"}, nil},
+		{"the image of our chart, under a name that tells its compression", agent(func(s *v1alpha1.NodeConfigSpec) {
+			s.Registries.ECR, s.Addons.Hearth.Enabled = &no, &yes
+			s.Artifacts.Files = []v1alpha1.ArtifactFile{file("hearth-image", "", "s3://b/v1/image.tar.zst?region=x", someDigest)}
+		}), list,
+			[]string{"k3s@/usr/local/bin/k3s", "nodeagent@/usr/local/bin/nodeagent", "hearth-image@/var/lib/rancher/k3s/agent/images/hearth-image.tar.zst"}, nil},
+		{"an image that is unpacked on the way is an archive as it is", agent(func(s *v1alpha1.NodeConfigSpec) {
+			f := file("hearth-image", "", "s3://b/v1/image.tar.gz", someDigest)
+			f.Format, f.InstalledSHA256 = "gzip", otherDigest
+			s.Registries.ECR, s.Artifacts.Files = &no, []v1alpha1.ArtifactFile{f}
+		}), list,
+			[]string{"k3s@/usr/local/bin/k3s", "nodeagent@/usr/local/bin/nodeagent", "hearth-image@/var/lib/rancher/k3s/agent/images/hearth-image.tar"}, nil},
+		{"no archive where the image of our chart is pulled", agent(func(s *v1alpha1.NodeConfigSpec) {
+			s.Registries.ECR, s.Addons.Hearth = &no, v1alpha1.AddonConfig{Enabled: &yes, Values: map[string]any{"image": map[string]any{"repository": "x.example/nodeagent"}}}
+		}), &artifact.Manifest{Artifacts: append(slices.Clone(list.Artifacts), listed("hearth-image", "v1", "arm64"))},
+			[]string{"k3s@/usr/local/bin/k3s", "nodeagent@/usr/local/bin/nodeagent"}, nil},
 		{"what the configuration names beside comes too, for its processor", agent(func(s *v1alpha1.NodeConfigSpec) {
 			s.Registries.ECR = &no
 			extra, foreign := file("tool", "arm64", "s3://b/tool", someDigest), file("tool-x86", "amd64", "s3://b/tool", someDigest)

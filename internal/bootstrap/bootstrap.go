@@ -112,9 +112,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	m := &machine{o: o, log: o.Logger, rec: rec, paths: k3s.DefaultPaths()}
 	defer m.close()
 	err = m.run(ctx)
-	if err != nil {
-		m.signalFailure(ctx, err)
-	}
+	m.conclude(ctx, err)
 	return rec.finish(err), err
 }
 
@@ -179,7 +177,7 @@ func (m *machine) becomeNode(ctx context.Context) error {
 			within time.Duration
 			do     func(context.Context) error
 		}{
-			{PhaseInstall, installWithin, m.install},
+			{PhaseInstall, m.installWithin(), m.install},
 			{PhaseStart, duration(m.spec.Timeouts.Ready), m.start},
 			{PhaseReady, duration(m.spec.Timeouts.Ready), m.ready},
 		} {
@@ -253,6 +251,8 @@ func ConfigSources(ctx context.Context, metadata Metadata) (nodeconfig.Sources, 
 func (m *machine) configure(ctx context.Context) error {
 	resolved, err := nodeconfig.Resolve(ctx, sources(m.o.ConfigFiles, m.snapshot))
 	if err != nil {
+		// Who waits can be told in spite of it, if they could be read.
+		m.spec.Signal = resolved.Signal
 		return err
 	}
 	m.resolved, m.spec = resolved, resolved.Config.Spec
@@ -452,10 +452,33 @@ func (m *machine) prove(ctx context.Context) error {
 	return err
 }
 
-// signalFailure tells those who wait that this instance will be none: unless
-// the next run may still make it one.
+// conclude counts the run and tells those who wait that this instance will be no
+// node: at once if another run would fail in the same way, else when runs have
+// failed for longer than one may take.
+func (m *machine) conclude(ctx context.Context, err error) {
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		return // the next run goes on
+	}
+	tried, failed := count(m.o.StateDir, time.Since(m.rec.begin), err == nil)
+	if failed != nil {
+		m.log.Warn("this run was not counted", "err", failed)
+	}
+	if err == nil {
+		return
+	}
+	overdue := tried.overdue(duration(m.spec.Timeouts.Total))
+	if overdue {
+		m.rec.overdue(tried)
+	}
+	if overdue || !fault.IsTransient(err) {
+		m.signalFailure(ctx, err)
+	}
+}
+
+// signalFailure tells those who wait that this instance will be no node. Without
+// metadata nobody knows which instance it is, and nobody can be told.
 func (m *machine) signalFailure(ctx context.Context, err error) {
-	if m.spec.Role == "" || fault.IsTransient(err) || errors.Is(ctx.Err(), context.Canceled) {
+	if m.snapshot.Identity.InstanceID == "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), signalWithin)

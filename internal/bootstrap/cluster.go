@@ -1,18 +1,23 @@
 package bootstrap
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 	"sigs.k8s.io/yaml"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
@@ -70,7 +75,7 @@ func (m *machine) newElector() (*election.Elector, error) {
 	o := election.Options{
 		Store: store, Instance: m.snapshot.Identity.InstanceID, Server: m.spec.Role == v1alpha1.RoleServer,
 		State: election.NewFileState(filepath.Join(m.o.StateDir, electionFile)), Discard: m.discard, DataPresent: m.dataPresent,
-		Lease: duration(m.spec.Cluster.Lease), FoundWithin: duration(m.spec.Timeouts.Ready) + installWithin,
+		Lease: duration(m.spec.Cluster.Lease), FoundWithin: duration(m.spec.Timeouts.Ready) + installWithin, RestoreWithin: restoreWithin,
 		Timeout: duration(m.spec.Timeouts.Join), Logger: m.log,
 	}
 	if r := m.spec.Cluster.Restore; r != nil {
@@ -111,7 +116,8 @@ func (m *machine) discard(ctx context.Context, generation int) error {
 
 // findMembership decides through whom this machine is part of the cluster. What
 // an earlier run decided stands for as long as the data is of the same
-// generation: k3s keeps its own list of servers from then on.
+// generation and it leads into the cluster: k3s keeps its own list of servers,
+// but only from when it has seen one of them.
 func (m *machine) findMembership(ctx context.Context) (k3s.Membership, error) {
 	d := m.decision
 	membership := k3s.Membership{
@@ -131,7 +137,17 @@ func (m *machine) findMembership(ctx context.Context) (k3s.Membership, error) {
 	if state.Marker != nil && state.Marker.Generation == d.Generation && state.Marker.Role == m.spec.Role && state.Marker.Node == m.snapshot.Identity.InstanceID &&
 		(state.Etcd || state.AgentData) {
 		before, err := readMembership(k3s.HearthConfig)
-		if err == nil && (before.Founder || before.Server != "") {
+		stands := err == nil && (before.Founder || before.Server != "")
+		// Only agents need the server after the first start: others have data.
+		if stands && !before.Founder && !state.Etcd {
+			if stands, err = leadsIn(ctx, before.Server, m.runs); err != nil {
+				return membership, err
+			}
+			if !stands {
+				m.rec.note("the server it joined through, %s, does not answer", before.Server)
+			}
+		}
+		if stands {
 			membership.Founder, membership.Server = before.Founder, before.Server
 			m.rec.note("is part of generation %d already", d.Generation)
 			return membership, nil
@@ -143,6 +159,27 @@ func (m *machine) findMembership(ctx context.Context) (k3s.Membership, error) {
 	}
 	membership.Server, err = m.preflightJoin(ctx)
 	return membership, err
+}
+
+// leadsIn says whether an agent can go on with the server that it joined through:
+// it runs, whoever it runs with by now, or the server is there. It may have gone
+// before k3s had its list of the others, and a loss of power may have emptied
+// that; k3s would then ask for the dead one for ever.
+func leadsIn(ctx context.Context, server string, runs func(context.Context) (bool, error)) (bool, error) {
+	if active, err := runs(ctx); err != nil || active {
+		return active, err
+	}
+	u, err := url.Parse(server)
+	return err == nil && answersAt(ctx, u.Host), nil
+}
+
+// runs says whether k3s is up.
+func (m *machine) runs(ctx context.Context) (bool, error) {
+	if err := m.connect(ctx); err != nil {
+		return false, err
+	}
+	unit, err := m.systemd.Unit(ctx, k3s.Unit(m.spec.Role))
+	return unit.Active(), err
 }
 
 // readMembership reads from k3s's configuration what an earlier run decided.
@@ -233,14 +270,23 @@ func proxy() k3s.Proxy {
 
 // files are all files of this node but artifacts and the kernel's.
 func (m *machine) files(membership k3s.Membership) (k3s.Rendered, error) {
-	airgap := slices.ContainsFunc(m.artifacts, func(a artifact.Artifact) bool { return a.Name == nodeconfig.ArtifactAirgap })
+	airgap := slices.ContainsFunc(m.artifacts, func(a artifact.Artifact) bool {
+		return a.Name == nodeconfig.ArtifactAirgap || a.Name == nodeconfig.ArtifactHearthImage
+	})
 	rendered, err := k3s.Render(k3s.Input{
 		Config: m.spec, Node: node(m.snapshot), Membership: membership, Paths: m.paths, Proxy: proxy(),
-		Charts: map[string][]byte{k3s.AddonHearth: chart.Archive()}, SpinKubeCRDs: spinkube.CRDs(), AirgapImages: airgap,
+		Charts: map[string][]byte{k3s.AddonHearth: chart.Archive()}, Values: map[string]map[string]any{k3s.AddonHearth: chartValues(m.o.Version)}, SpinKubeCRDs: spinkube.CRDs(), AirgapImages: airgap,
 	})
 	rendered.Files = append(rendered.Files, aliases(m.artifacts)...)
 	rendered.Files = append(rendered.Files, passwordDir)
 	return rendered, err
+}
+
+// chartValues are those of our chart: the image that was made together with this
+// bootstrap, under the name that `make image` gives it. The chart's own default
+// would be that of whoever last wrote a version into it.
+func chartValues(version string) map[string]any {
+	return map[string]any{"image": map[string]any{"tag": chart.ImageTag(version)}}
 }
 
 // install writes what k3s reads when it starts.
@@ -283,6 +329,9 @@ func (m *machine) install(ctx context.Context) error {
 		if len(changes.Removed)+len(changes.Restored) > 0 {
 			m.rec.changed()
 			m.rec.note("removed %s", strings.Join(append(changes.Removed, changes.Restored...), ", "))
+			for _, warning := range left(m.paths, changes.Removed) {
+				m.rec.warn("%s", warning)
+			}
 		}
 	}
 	if d.Restore != nil {
@@ -320,25 +369,99 @@ func (m *machine) authorities(a *pki.Authorities, founder bool) ([]host.File, er
 // restoreWithin bounds fetching a snapshot and putting etcd back.
 const restoreWithin = 10 * time.Minute
 
-// restore puts etcd's data back from a snapshot, once: k3s leaves a file of its
-// own that makes it refuse to do so twice, and etcd's data is there then.
+// installWithin is the deadline of the phase that also restores.
+func (m *machine) installWithin() time.Duration {
+	// Also where another server began the restore, which nobody asked of this one.
+	if m.decision != nil && m.decision.Restore != nil {
+		return installWithin + restoreWithin
+	}
+	return installWithin
+}
+
+// restore puts etcd's data back from a snapshot.
 func (m *machine) restore(ctx context.Context, snapshot string) error {
-	present, err := m.dataPresent()
-	if err != nil || present {
+	return restoreOnce(m.paths, m.decision.Generation, func() error {
+		// A server of the generation that was lost may still try to be one.
+		if err := m.connect(ctx); err != nil {
+			return err
+		}
+		if err := m.systemd.Stop(ctx, k3s.Unit(m.spec.Role), discardWithin); err != nil {
+			return err
+		}
+		m.rec.doing("restoring etcd from %s", snapshot)
+		ctx, cancel := context.WithTimeout(ctx, restoreWithin)
+		defer cancel()
+		command := exec.CommandContext(ctx, k3s.Binary, k3s.RestoreArguments(snapshot)...)
+		command.WaitDelay = 10 * time.Second
+		out, err := command.CombinedOutput()
+		if err != nil {
+			return fault.New(CodeRestore, err, "see whether the snapshot is in spec.cluster.snapshots.bucket, then run "+strings.Join(command.Args, " "),
+				"k3s did not restore %s: %s", snapshot, lastLines(out))
+		}
+		m.rec.changed()
+		m.rec.note("restored etcd from %s", snapshot)
+		return nil
+	})
+}
+
+// restoreOnce does it unless it was done for the generation. That there is data
+// of etcd says nothing: it may be what an interruption left, or that of the
+// generation that was lost. The former is removed, since k3s would start with
+// what there is of it; the latter is put aside by k3s (db/etcd-old-TIME).
+func restoreOnce(paths k3s.Paths, generation int, restore func() error) error {
+	done := []byte(strconv.Itoa(generation) + "\n")
+	if b, err := os.ReadFile(paths.Restored); err == nil && bytes.Equal(b, done) {
+		return nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("look whether etcd was restored: %w", err)
+	}
+	_, err := os.Lstat(paths.Restoring)
+	interrupted := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("look for %s: %w", paths.Restoring, err)
+	}
+	gone := []string{paths.ResetFlag} // k3s would refuse to do it twice
+	if interrupted {
+		gone = append(gone, paths.EtcdDir)
+	}
+	for _, name := range gone {
+		if err := os.RemoveAll(name); err != nil {
+			return fmt.Errorf("remove what an interrupted restore left: %w", err)
+		}
+	}
+	dir := filepath.Dir(paths.Restoring)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the directory of etcd's data: %w", err)
+	}
+	err = os.WriteFile(paths.Restoring, nil, 0o600)
+	if err = errors.Join(err, flush(dir)); err != nil {
+		return fmt.Errorf("remember that etcd is being restored: %w", err)
+	}
+	if err := restore(); err != nil {
 		return err
 	}
-	m.rec.doing("restoring etcd from %s", snapshot)
-	ctx, cancel := context.WithTimeout(ctx, restoreWithin)
-	defer cancel()
-	command := exec.CommandContext(ctx, k3s.Binary, k3s.RestoreArguments(snapshot)...)
-	command.WaitDelay = 10 * time.Second
-	out, err := command.CombinedOutput()
-	if err != nil {
-		return fault.New(CodeRestore, err, "see whether the snapshot is in spec.cluster.snapshots.bucket, then run "+strings.Join(command.Args, " "),
-			"k3s did not restore %s: %s", snapshot, lastLines(out))
+	// k3s does not sync all that it wrote: it must not be less than what is
+	// remembered of it.
+	if err := flush(dir); err != nil {
+		return fmt.Errorf("keep the restored data: %w", err)
 	}
-	m.rec.changed()
-	m.rec.note("restored etcd from %s", snapshot)
+	err = renameio.WriteFile(paths.Restored, done, 0o600, renameio.WithTempDir(dir))
+	if err = errors.Join(err, os.Remove(paths.Restoring), flush(dir)); err != nil {
+		return fmt.Errorf("remember that etcd is restored: %w", err)
+	}
+	return nil
+}
+
+// flush writes the file system of a directory to its disk.
+func flush(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = d.Close() }()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("sync the file system of %s: %w", dir, err)
+	}
 	return nil
 }
 
@@ -363,6 +486,11 @@ func (m *machine) inputs(membership k3s.Membership) (systemd.Inputs, error) {
 	if err != nil {
 		return systemd.Inputs{}, err
 	}
+	return m.verified.ReadInputs(m.inputPaths(rendered)...)
+}
+
+// inputPaths are those of the files that k3s starts from.
+func (m *machine) inputPaths(rendered k3s.Rendered) []string {
 	var paths []string
 	for _, f := range rendered.Files {
 		// Servers apply manifests by themselves.
@@ -376,7 +504,7 @@ func (m *machine) inputs(membership k3s.Membership) (systemd.Inputs, error) {
 		}
 	}
 	slices.Sort(paths)
-	return m.verified.ReadInputs(slices.Compact(paths)...)
+	return slices.Compact(paths)
 }
 
 // maxRestarts is how often k3s may fail to come up within a start. One that
@@ -523,6 +651,9 @@ func (m *machine) ready(ctx context.Context) error {
 		return m.whyNotReady(ctx, name, err)
 	}
 	m.rec.note("the node is Ready, kubelet %s", state.Version)
+	if err := m.label(ctx, state); err != nil {
+		m.rec.warn("the node has not got the labels of its configuration: %s; the next run tries again", oneLine(err))
+	}
 	if m.spec.Role != v1alpha1.RoleServer {
 		return nil
 	}

@@ -97,11 +97,13 @@ func (c census) removeDead(ctx context.Context, api *api) {
 
 // answers says whether something listens where a server's supervisor does.
 func answers(ctx context.Context, address string) bool {
-	if address == "" {
-		return false
-	}
+	return address != "" && answersAt(ctx, net.JoinHostPort(address, join.DefaultPort))
+}
+
+// answersAt says whether something listens at HOST:PORT.
+func answersAt(ctx context.Context, address string) bool {
 	dialer := net.Dialer{Timeout: answerWithin}
-	connection, err := dialer.DialContext(ctx, "tcp", net.JoinHostPort(address, join.DefaultPort))
+	connection, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return false
 	}

@@ -21,6 +21,7 @@ const (
 	ExitStart       = 8 // k3s does not come up, or the node not Ready
 	ExitProof       = 9 // no WebAssembly runs
 	ExitSignal      = 10
+	ExitGaveUp      = 11 // as 8 or 9, for too long
 	ExitInterrupted = 130
 )
 
@@ -45,6 +46,7 @@ func ExitMeanings() []ExitMeaning {
 		{ExitStart, "k3s does not come up, or the node does not become Ready", "see `journalctl -u k3s -u k3s-agent`"},
 		{ExitProof, "the node is Ready, and no WebAssembly runs on it", "the message names the runtime and why; see operations.md"},
 		{ExitSignal, "the node works, but who waits for it could not be told", "allow the action that the message names, or correct `spec.signal`"},
+		{ExitGaveUp, "runs have failed for longer than `spec.timeouts.total` on a machine that never was a node; the code says why", "correct what the code names, then `systemctl restart hearth-bootstrap`, or replace the instance; it does not try again by itself"},
 		{ExitInterrupted, "the run was told to end", "run it again; it goes on where it was"},
 	}
 }

@@ -47,7 +47,7 @@ func lock(dir string) (release func(), err error) {
 }
 
 // unfinished are the names of files that renameio was writing for us.
-var unfinished = regexp.MustCompile(`^\.(` + regexp.QuoteMeta(resultFile) + `|` + regexp.QuoteMeta(electionFile) + `)[0-9]+$`)
+var unfinished = regexp.MustCompile(`^\.(` + regexp.QuoteMeta(resultFile) + `|` + regexp.QuoteMeta(electionFile) + `|` + regexp.QuoteMeta(attemptsFile) + `)[0-9]+$`)
 
 // sweep removes what runs that lost power were writing. Nobody writes while the
 // lock is held; what cannot be removed does no harm.

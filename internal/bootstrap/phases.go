@@ -22,7 +22,7 @@ func PhaseDescriptions() []PhaseDescription {
 		{PhaseFetch, "brings the files that are not there with the right digest, all at once", 0, "fetch"},
 		{PhasePrepare, "loads kernel modules and sets sysctls, now and for every boot", prepareWithin, ""},
 		{PhaseElect, "founds a cluster, or finds a server that lets this machine in", 0, "join"},
-		{PhaseInstall, "writes k3s's configuration, registries, credential provider, addons and unit; restores a snapshot if that is asked for", installWithin, ""},
+		{PhaseInstall, "writes k3s's configuration, registries, credential provider, addons and unit; restores a snapshot if that is asked for, within 10m more", installWithin, ""},
 		{PhaseStart, "has systemd start k3s, or restart one that was started from something else", 0, "ready"},
 		{PhaseReady, "makes a founder's cluster the one that others join, and waits until the node is Ready", 0, "ready"},
 		{PhaseProve, "runs a WebAssembly module through every configured runtime", 0, "prove"},

@@ -1,8 +1,10 @@
 package bootstrap
 
 import (
+	"cmp"
 	"context"
-	"path/filepath"
+	"crypto/sha256"
+	"encoding/hex"
 	"slices"
 	"strings"
 	"time"
@@ -13,7 +15,7 @@ import (
 	"github.com/hearth-sh/hearth/internal/k3s"
 	"github.com/hearth-sh/hearth/internal/k3s/election"
 	"github.com/hearth-sh/hearth/internal/k3s/pki"
-	"github.com/hearth-sh/hearth/internal/nodeconfig"
+	"github.com/hearth-sh/hearth/internal/systemd"
 )
 
 // KindPlan is the kind of a Plan document.
@@ -198,10 +200,10 @@ func (m *machine) planCluster(ctx context.Context, p *Plan) error {
 		return err
 	}
 	p.Retired = append(retired.Removed, retired.Restored...)
-	if r := m.spec.Cluster.Restore; r != nil && !state.Etcd {
+	if r := m.spec.Cluster.Restore; r != nil && (!state.Etcd || state.Marker != nil && state.Marker.Generation <= r.Generation) {
 		p.Commands = append(p.Commands, strings.Join(append([]string{k3s.Binary}, k3s.RestoreArguments(r.Snapshot)...), " "))
 	}
-	return m.planUnit(ctx, p, name)
+	return m.planUnit(ctx, p, name, rendered)
 }
 
 // plannedGeneration are the files that depend on the generation this machine
@@ -258,7 +260,7 @@ func (m *machine) plannedTokens() (agent, server pki.Token, err error) {
 	return agent, server, err
 }
 
-func (m *machine) planUnit(ctx context.Context, p *Plan, name string) error {
+func (m *machine) planUnit(ctx context.Context, p *Plan, name string, rendered k3s.Rendered) error {
 	if err := m.connect(ctx); err != nil {
 		p.Notes = append(p.Notes, "systemd cannot be asked: "+oneLine(err))
 		return nil
@@ -274,17 +276,33 @@ func (m *machine) planUnit(ctx context.Context, p *Plan, name string) error {
 		p.Units = append(p.Units, UnitChange{Name: name, Action: "start", Reason: "is " + unit.ActiveState})
 		return nil
 	}
-	for _, f := range p.Files {
-		if f.Changed() && filepath.Dir(f.Path) != m.paths.Manifests {
-			p.Units = append(p.Units, UnitChange{Name: name, Action: "restart", Reason: f.Path + " changes"})
-			return nil
+	// What there will be, not what there is: k3s need not restart for a file that
+	// becomes again what it was started from.
+	will, why := map[string]string{}, ""
+	for _, f := range rendered.Files {
+		if i := slices.IndexFunc(p.Files, func(c host.Change) bool { return c.Path == f.Path && c.Changed() }); i >= 0 && !f.Mode.IsDir() {
+			sum := sha256.Sum256(f.Content)
+			will[f.Path] = hex.EncodeToString(sum[:])
 		}
 	}
-	for _, d := range p.Downloads {
-		if d.State == artifact.StateDiffers && (d.Name == nodeconfig.ArtifactK3s || filepath.Dir(d.Path) == k3s.ShimDir) && d.Name != nodeconfig.ArtifactNodeAgent {
-			p.Units = append(p.Units, UnitChange{Name: name, Action: "restart", Reason: d.Path + " changes"})
-			return nil
+	for _, a := range m.artifacts {
+		i := slices.IndexFunc(p.Downloads, func(d Download) bool { return d.Path == a.Path })
+		if i >= 0 && (p.Downloads[i].State == artifact.StateMissing || p.Downloads[i].State == artifact.StateDiffers) {
+			will[a.Path] = installedDigest(a).String()
 		}
+	}
+	paths := m.inputPaths(rendered)
+	for _, path := range paths {
+		if will[path] != "" && why == "" {
+			why = path + " changes"
+		}
+	}
+	inputs, err := systemd.ExpectInputs(will, paths...)
+	if err != nil {
+		return err
+	}
+	if restart, reason := systemd.NeedsRestart(systemd.DefaultMarkerDir, unit, inputs); restart {
+		p.Units = append(p.Units, UnitChange{Name: name, Action: "restart", Reason: cmp.Or(why, reason)})
 	}
 	return nil
 }

@@ -49,6 +49,8 @@ type nodeState struct {
 	Why string
 	// Version is the kubelet's.
 	Version string
+	// Labels and Annotations are all that the Node has.
+	Labels, Annotations map[string]string
 }
 
 // nodeClient asks for one node with the node's own identity.
@@ -100,6 +102,9 @@ func (c *nodeClient) state(ctx context.Context) (nodeState, error) {
 		return nodeState{}, fmt.Errorf("the API server answers %s", response.Status)
 	}
 	var node struct {
+		Metadata struct {
+			Labels, Annotations map[string]string
+		} `json:"metadata"`
 		Status struct {
 			NodeInfo struct {
 				KubeletVersion string `json:"kubeletVersion"`
@@ -113,7 +118,10 @@ func (c *nodeClient) state(ctx context.Context) (nodeState, error) {
 	if err := json.Unmarshal(body, &node); err != nil {
 		return nodeState{}, fmt.Errorf("the API server's answer is no Node: %w", err)
 	}
-	s := nodeState{Known: true, Version: node.Status.NodeInfo.KubeletVersion, Why: "kubelet has not reported yet"}
+	s := nodeState{
+		Known: true, Version: node.Status.NodeInfo.KubeletVersion, Why: "kubelet has not reported yet",
+		Labels: node.Metadata.Labels, Annotations: node.Metadata.Annotations,
+	}
 	for _, c := range node.Status.Conditions {
 		if c.Type == "Ready" {
 			s.Ready, s.Why, s.Heard = c.Status == "True", c.Message, c.LastHeartbeatTime

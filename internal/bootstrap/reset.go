@@ -100,13 +100,16 @@ func Reset(ctx context.Context, stateDir string, say func(string)) (ResetReport,
 	if r.Files, err = h.Remove(ctx); err != nil {
 		return r, err
 	}
+	if ours {
+		r.Files.Left = append(r.Files.Left, networkLeft("/")...)
+	}
 	if err := manager.Reload(ctx); err != nil {
 		return r, err
 	}
 	// The ledger went last of what was installed: until then a reset can be
 	// repeated.
 	errs := []error{artifact.Discard(filepath.Join(stateDir, "artifacts"))}
-	for _, name := range []string{electionFile, resultFile} {
+	for _, name := range []string{electionFile, attemptsFile, resultFile} {
 		errs = append(errs, os.RemoveAll(filepath.Join(stateDir, name)))
 	}
 	errs = append(errs, os.RemoveAll(systemd.DefaultMarkerDir))

@@ -38,7 +38,7 @@ func TestALockThatWasRemovedWithItsDirectoryKeepsNobodyOut(t *testing.T) {
 
 func TestARunSweepsWhatOneThatLostPowerWasWriting(t *testing.T) {
 	dir := t.TempDir()
-	for _, name := range []string{".result.json5185765", ".election.json1", "result.json", ".result.json.mine", ".other.json1"} {
+	for _, name := range []string{".result.json5185765", ".election.json1", ".attempts.json1", "result.json", ".result.json.mine", ".other.json1"} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -58,6 +58,25 @@ func TestARunSweepsWhatOneThatLostPowerWasWriting(t *testing.T) {
 	}
 	if want := []string{".other.json1", ".result.json.mine", "lock", "result.json"}; !slices.Equal(names, want) {
 		t.Errorf("there are %q, not %q", names, want)
+	}
+}
+
+func TestAResetListsWhatAnotherNetworkLeft(t *testing.T) {
+	root := t.TempDir()
+	for _, name := range []string{"etc/cni/net.d/10-calico.conflist", "var/lib/calico/nodename", "sys/class/net/cali123/mtu", "sys/class/net/cilium_host/mtu", "sys/class/net/eth0/mtu", "sys/class/net/cni0/mtu"} {
+		if err := errors.Join(os.MkdirAll(filepath.Join(root, filepath.Dir(name)), 0o755), os.WriteFile(filepath.Join(root, name), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var paths []string
+	for _, l := range networkLeft(root) {
+		paths = append(paths, l.Path)
+	}
+	if want := []string{"/etc/cni/net.d/10-calico.conflist", "/sys/class/net/cali123", "/sys/class/net/cilium_host", "/var/lib/calico"}; !slices.Equal(paths, want) {
+		t.Errorf("got %q, want %q", paths, want)
+	}
+	if left := networkLeft(t.TempDir()); len(left) > 0 {
+		t.Errorf("of nothing is left %+v", left)
 	}
 }
 

@@ -3,11 +3,11 @@ package bootstrap
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"strings"
 	"sync"
 	"testing"
 
@@ -17,24 +17,51 @@ import (
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
+	"github.com/hearth-sh/hearth/internal/bootstrap/sigv4test"
 	"github.com/hearth-sh/hearth/internal/shim"
 )
 
-// queryAPI answers Auto Scaling and CloudFormation in their query protocol;
-// moto knows neither of the two actions.
+// queryAPI answers Auto Scaling and CloudFormation in their query protocol, since
+// moto knows neither of the two actions. So it is as strict as AWS: about the
+// signature, the version and service of each action, and parameters, of which it
+// knows those that are sent and no more.
 type queryAPI struct {
+	t      *testing.T
 	mu     sync.Mutex
 	asked  []url.Values
 	refuse map[string]string // action to the error's code
 	status int
 }
 
+// role signs requests.
+var role = sigv4test.Credentials{AccessKeyID: "ASIAEXAMPLE", SecretAccessKey: "secret", SessionToken: "session"}
+
+// actions are what queryAPI knows: the service, and the version of its API.
+var actions = map[string]struct{ service, version string }{
+	"CompleteLifecycleAction": {"autoscaling", "2011-01-01"},
+	"SignalResource":          {"cloudformation", "2010-05-15"},
+}
+
 func (q *queryAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	_ = r.ParseForm()
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		q.t.Error(err)
+	}
+	form, err := url.ParseQuery(string(body))
+	if kind := r.Header.Get("Content-Type"); err != nil || r.Method != http.MethodPost || r.URL.RequestURI() != "/" || kind != "application/x-www-form-urlencoded" {
+		q.t.Errorf("%s %s with %s is no request of the query protocol: %v", r.Method, r.URL.RequestURI(), kind, err)
+	}
+	action := form.Get("Action")
+	if err := sigv4test.Verify(r, body, role, "eu-central-1", actions[action].service); err != nil {
+		q.t.Errorf("%s: %v", action, err)
+	}
+	if v := form["Version"]; len(v) != 1 || v[0] != actions[action].version {
+		q.t.Errorf("%s is of the version %q", action, v)
+	}
+	form.Del("Version")
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.asked = append(q.asked, r.PostForm)
-	action := r.PostForm.Get("Action")
+	q.asked = append(q.asked, form)
 	if code := q.refuse[action]; code != "" {
 		w.WriteHeader(q.status)
 		fmt.Fprintf(w, `<ErrorResponse><Error><Type>Sender</Type><Code>%s</Code><Message>because</Message></Error><RequestId>r</RequestId></ErrorResponse>`, code)
@@ -45,13 +72,23 @@ func (q *queryAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (q *queryAPI) config(t *testing.T) aws.Config {
 	t.Helper()
+	q.t = t
 	server := httptest.NewServer(q)
 	t.Cleanup(server.Close)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	return aws.Config{
 		Region: "eu-central-1", BaseEndpoint: &server.URL, HTTPClient: client, RetryMaxAttempts: 1,
-		Credentials: credentials.NewStaticCredentialsProvider("AKIAEXAMPLE", "secret", ""),
+		Credentials: credentials.NewStaticCredentialsProvider(role.AccessKeyID, role.SecretAccessKey, role.SessionToken),
 	}
+}
+
+// completes and signals are the requests, with all their parameters.
+func completes(result, group string) url.Values {
+	return url.Values{"Action": {"CompleteLifecycleAction"}, "AutoScalingGroupName": {group}, "LifecycleHookName": {"hook"}, "InstanceId": {"i-1"}, "LifecycleActionResult": {result}}
+}
+
+func signals(status string) url.Values {
+	return url.Values{"Action": {"SignalResource"}, "StackName": {"stack"}, "LogicalResourceId": {"Servers"}, "UniqueId": {"i-1"}, "Status": {status}}
 }
 
 func TestWhoWaitsIsTold(t *testing.T) {
@@ -64,26 +101,26 @@ func TestWhoWaitsIsTold(t *testing.T) {
 		fails  bool // whether the run did
 		refuse map[string]string
 		status int
-		asked  []string
+		asked  []url.Values
 		code   fault.Code
 		passes bool
 		notes  int
 	}{
 		{name: "nobody", asked: nil},
-		{name: "success", config: both, tags: tags, asked: []string{"CompleteLifecycleAction CONTINUE group", "SignalResource SUCCESS"}, notes: 2},
-		{name: "failure", config: both, tags: tags, fails: true, asked: []string{"CompleteLifecycleAction ABANDON group", "SignalResource FAILURE"}, notes: 2},
-		{name: "the configured group", config: v1alpha1.SignalConfig{LifecycleHook: "hook", AutoScalingGroup: "mine"}, tags: tags, asked: []string{"CompleteLifecycleAction CONTINUE mine"}, notes: 1},
-		{name: "no group is known, the other one is told all the same", config: both, asked: []string{"SignalResource SUCCESS"}, code: CodeSignalFailed, notes: 1},
+		{name: "success", config: both, tags: tags, asked: []url.Values{completes("CONTINUE", "group"), signals("SUCCESS")}, notes: 2},
+		{name: "failure", config: both, tags: tags, fails: true, asked: []url.Values{completes("ABANDON", "group"), signals("FAILURE")}, notes: 2},
+		{name: "the configured group", config: v1alpha1.SignalConfig{LifecycleHook: "hook", AutoScalingGroup: "mine"}, tags: tags, asked: []url.Values{completes("CONTINUE", "mine")}, notes: 1},
+		{name: "no group is known, the other one is told all the same", config: both, asked: []url.Values{signals("SUCCESS")}, code: CodeSignalFailed, notes: 1},
 		{name: "an instance that is in service already", config: v1alpha1.SignalConfig{LifecycleHook: "hook"}, tags: tags,
-			refuse: map[string]string{"CompleteLifecycleAction": "ValidationError"}, status: 400, asked: []string{"CompleteLifecycleAction CONTINUE group"}, notes: 1},
+			refuse: map[string]string{"CompleteLifecycleAction": "ValidationError"}, status: 400, asked: []url.Values{completes("CONTINUE", "group")}, notes: 1},
 		{name: "denied", config: both, tags: tags, refuse: map[string]string{"CompleteLifecycleAction": "AccessDenied"}, status: 403,
-			asked: []string{"CompleteLifecycleAction CONTINUE group", "SignalResource SUCCESS"}, code: CodeSignalDenied, notes: 1},
+			asked: []url.Values{completes("CONTINUE", "group"), signals("SUCCESS")}, code: CodeSignalDenied, notes: 1},
 		{name: "an unknown stack", config: v1alpha1.SignalConfig{CloudFormation: both.CloudFormation}, refuse: map[string]string{"SignalResource": "ValidationError"}, status: 400,
-			asked: []string{"SignalResource SUCCESS"}, code: CodeSignalFailed},
+			asked: []url.Values{signals("SUCCESS")}, code: CodeSignalFailed},
 		{name: "too many requests", config: v1alpha1.SignalConfig{CloudFormation: both.CloudFormation}, refuse: map[string]string{"SignalResource": "Throttling"}, status: 400,
-			asked: []string{"SignalResource SUCCESS"}, code: CodeSignalFailed, passes: true},
+			asked: []url.Values{signals("SUCCESS")}, code: CodeSignalFailed, passes: true},
 		{name: "an error of AWS's", config: v1alpha1.SignalConfig{CloudFormation: both.CloudFormation}, refuse: map[string]string{"SignalResource": "InternalFailure"}, status: 500,
-			asked: []string{"SignalResource SUCCESS"}, code: CodeSignalFailed, passes: true},
+			asked: []url.Values{signals("SUCCESS")}, code: CodeSignalFailed, passes: true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			q := &queryAPI{refuse: tt.refuse, status: tt.status}
@@ -92,14 +129,7 @@ func TestWhoWaitsIsTold(t *testing.T) {
 			if fault.CodeOf(err) != tt.code || fault.IsTransient(err) != tt.passes || (err == nil) != (tt.code == "") {
 				t.Errorf("%q: %v", fault.CodeOf(err), err)
 			}
-			var asked []string
-			for _, f := range q.asked {
-				asked = append(asked, strings.TrimSpace(f.Get("Action")+" "+f.Get("LifecycleActionResult")+f.Get("Status")+" "+f.Get("AutoScalingGroupName")))
-				if f.Get("InstanceId")+f.Get("UniqueId") != "i-1" {
-					t.Errorf("about whom? %v", f)
-				}
-			}
-			if diff := cmp.Diff(tt.asked, asked); diff != "" {
+			if diff := cmp.Diff(tt.asked, q.asked); diff != "" {
 				t.Error(diff)
 			}
 			if notes != tt.notes {

@@ -80,6 +80,9 @@ type Result struct {
 	Code    fault.Code `json:"code,omitempty"`
 	Message string     `json:"message,omitempty"`
 	Remedy  string     `json:"remedy,omitempty"`
+	// GaveUp says that runs have failed for so long that the machine does not try
+	// again by itself.
+	GaveUp bool `json:"gaveUp,omitempty"`
 	// ExitCode is the process's.
 	ExitCode   int       `json:"exitCode"`
 	StartedAt  time.Time `json:"startedAt"`
@@ -222,6 +225,21 @@ func (r *recorder) changed() {
 	}
 }
 
+// overdue notes that runs have failed for longer than one may take. The machine
+// gives up unless it is others that it waits for.
+func (r *recorder) overdue(a attempts) {
+	r.mu.Lock()
+	r.result.GaveUp = ownPhase(r.result.Phase)
+	gaveUp := r.result.GaveUp
+	r.mu.Unlock()
+	spent := (time.Duration(a.SpentMS) * time.Millisecond).Round(time.Second)
+	if gaveUp {
+		r.warn("%d runs failed within %s: it is not tried again by itself", a.Runs, spent)
+		return
+	}
+	r.warn("%d runs failed within %s; it is tried on, since it waits for others", a.Runs, spent)
+}
+
 func (r *recorder) node(change func(*NodeResult)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -317,6 +335,9 @@ func (r *recorder) finish(err error) Result {
 		r.result.Outcome = OutcomeFailed
 		r.result.Code = fault.CodeOf(err)
 		r.result.ExitCode = ExitCode(err, r.result.Phase)
+		if r.result.GaveUp && r.result.ExitCode != ExitHost && r.result.ExitCode != ExitConfig { // which end it as well
+			r.result.ExitCode = ExitGaveUp
+		}
 		var f *fault.Error
 		if errors.As(err, &f) {
 			r.result.Message, r.result.Remedy = f.Message, f.Remedy

@@ -42,6 +42,17 @@ var upstreams = map[string]upstream{
 	AddonCertManager: {name: "cert-manager", namespace: "cert-manager", chart: "oci://quay.io/jetstack/charts/cert-manager", version: "v1.19.1", values: map[string]any{"crds": map[string]any{"enabled": true}}},
 }
 
+// ChartOf is the name of the HelmChart in a manifest of an addon, by the
+// manifest's path; "" for any other file.
+func ChartOf(paths Paths, file string) string {
+	for addon, manifest := range map[string]string{AddonHearth: manifestHearth, AddonCertManager: manifestCertManager, AddonSpinKube: manifestSpinKube} {
+		if file == (Input{Paths: paths}).manifest(manifest) {
+			return upstreams[addon].name
+		}
+	}
+	return ""
+}
+
 // helmChart is helm.cattle.io/v1 HelmChart (k3s-io/helm-controller).
 type helmChart struct {
 	APIVersion string            `json:"apiVersion"`
@@ -142,7 +153,7 @@ func (in Input) helmChart(addon string, c v1alpha1.AddonConfig) (helmChart, erro
 		Metadata: map[string]string{"name": up.name, "namespace": "kube-system"},
 		Spec:     helmChartSpec{TargetNamespace: up.namespace, CreateNamespace: true, Bootstrap: true},
 	}
-	archive := in.Charts[addon]
+	archive, under := in.Charts[addon], up.values
 	switch {
 	case c.Chart != "":
 		h.Spec.Chart, h.Spec.Version = c.Chart, c.Version
@@ -150,6 +161,7 @@ func (in Input) helmChart(addon string, c v1alpha1.AddonConfig) (helmChart, erro
 		return h, fault.New(CodeAddon, nil, "publish it, and set addons."+addon+".chart to its address", "the chart of the addon %s has %d bytes; at most %d fit into a manifest", addon, len(archive), maxChart)
 	case len(archive) > 0:
 		h.Spec.ChartContent = base64.StdEncoding.EncodeToString(archive)
+		under = merge(under, in.Values[addon])
 	case up.chart != "":
 		h.Spec.Chart, h.Spec.Version = up.chart, up.version
 		if c.Version != "" {
@@ -158,7 +170,7 @@ func (in Input) helmChart(addon string, c v1alpha1.AddonConfig) (helmChart, erro
 	default:
 		return h, fault.New(CodeAddon, nil, "set addons."+addon+".chart, or addons."+addon+".enabled to false", "no chart is known for the addon %s", addon)
 	}
-	values := merge(up.values, c.Values)
+	values := merge(under, c.Values)
 	if len(values) > 0 {
 		b, err := yaml.Marshal(values)
 		if err != nil {

@@ -19,13 +19,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 	"sigs.k8s.io/yaml"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/bootstrap/fault"
 	"github.com/hearth-sh/hearth/internal/host"
 	"github.com/hearth-sh/hearth/internal/k3s/pki"
+	"github.com/hearth-sh/hearth/test/needs"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -420,6 +420,18 @@ func TestAddons(t *testing.T) {
 			t.Errorf("got %q", h.Spec.ValuesContent)
 		}
 	})
+	t.Run("values are laid over those of a chart that comes along", func(t *testing.T) {
+		in := founder(t)
+		in.Values = map[string]map[string]any{AddonHearth: {"image": map[string]any{"tag": "v1", "pullPolicy": "Never"}}}
+		in.Config.Addons.Hearth.Values = map[string]any{"image": map[string]any{"tag": "v2"}}
+		if h := chartOf(t, render(t, in), manifestHearth); h.Spec.ValuesContent != "image:\n  pullPolicy: Never\n  tag: v2\n" {
+			t.Errorf("got %q", h.Spec.ValuesContent)
+		}
+		in.Config.Addons.Hearth.Chart = "oci://example.org/hearth"
+		if h := chartOf(t, render(t, in), manifestHearth); h.Spec.ValuesContent != "image:\n  tag: v2\n" {
+			t.Errorf("a chart of the owner's has values of ours: %q", h.Spec.ValuesContent)
+		}
+	})
 	t.Run("nothing comes from Docker Hub", func(t *testing.T) {
 		for name, up := range upstreams {
 			if strings.Contains(up.chart, "docker.io") {
@@ -737,20 +749,8 @@ func TestRulesOfOthersStay(t *testing.T) {
 	}
 }
 
-// skip skips a test that cannot run here, and fails it where everything must run.
-func skip(t testing.TB, why string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
-}
-
 // Real mounts and a real process, below a root of the test's own.
 func TestCleanup(t *testing.T) {
-	if os.Getuid() != 0 {
-		skip(t, "mounting file systems needs root")
-	}
 	root, p := t.TempDir(), DefaultPaths()
 	for _, name := range []string{p.EtcdDir + "/member/x", p.DataDir + "/data/abc/bin/x", p.DataDir + "/agent/images/a.tar", p.DataDir + "/agent/containerd/blob", p.DataDir + "/agent/client-ca.crt",
 		p.KubeletKubeconfig, p.Marker, AdminKubeconfig, NodePassword, "/var/lib/cni/networks/x", "/var/lib/kubelet/pki/x", "/var/lib/kubelet/pods/a/v/x", "/run/k3s/containerd/x/y", "/var/lib/other/x", "/etc/rancher/k3s/registries.yaml"} {
@@ -761,10 +761,7 @@ func TestCleanup(t *testing.T) {
 		if err := os.MkdirAll(target, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Mount("tmpfs", target, "tmpfs", 0, "size=64k"); err != nil {
-			skip(t, "mounting a tmpfs: "+err.Error())
-		}
-		t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) }) // gone already unless the test failed
+		needs.Tmpfs(t, target, "size=64k")
 	}
 	mount("/run/k3s/containerd/x")
 	mount("/run/k3s/containerd/x/shm")
@@ -867,18 +864,12 @@ func TestDataOnAVolumeOfItsOwnIsEmptied(t *testing.T) {
 }
 
 func TestNothingIsRemovedThroughAMount(t *testing.T) {
-	if os.Getuid() != 0 {
-		skip(t, "mounting file systems needs root")
-	}
 	root := t.TempDir()
 	mine := filepath.Join(root, "/var/lib/kubelet/mine")
 	if err := errors.Join(os.MkdirAll(mine, 0o755), os.Mkdir(filepath.Join(root, "proc"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("tmpfs", mine, "tmpfs", 0, "size=64k"); err != nil {
-		skip(t, "mounting a tmpfs: "+err.Error())
-	}
-	defer unix.Unmount(mine, unix.MNT_DETACH)
+	needs.Tmpfs(t, mine, "size=64k")
 	put(t, mine, "keep", "x")
 	o := CleanupOptions{root: root, Data: AllData, run: func(context.Context, []byte, string, ...string) ([]byte, error) { return nil, nil }}
 	if _, err := Cleanup(t.Context(), o); fault.CodeOf(err) != CodeCleanup || !strings.Contains(err.Error(), mine) {
@@ -901,5 +892,17 @@ func TestEveryCodeIsExplained(t *testing.T) {
 	}
 	if n := bytes.Count(source, []byte("fault.Code = ")); n != len(Explanations()) {
 		t.Errorf("%d codes, %d explanations", n, len(Explanations()))
+	}
+}
+
+func TestASnapshotIsLookedForWhereItIs(t *testing.T) {
+	for snapshot, want := range map[string][]string{
+		"etcd-snapshot-i-1-1790000000": {"server", "--cluster-reset", "--cluster-reset-restore-path=etcd-snapshot-i-1-1790000000"},
+		// Even where there is a bucket, which is in the configuration.
+		"/var/backups/snapshot": {"server", "--cluster-reset", "--cluster-reset-restore-path=/var/backups/snapshot", "--etcd-s3=false"},
+	} {
+		if got := RestoreArguments(snapshot); !slices.Equal(got, want) {
+			t.Errorf("%s: %q", snapshot, got)
+		}
 	}
 }

@@ -60,6 +60,11 @@ type Paths struct {
 	ServerToken string
 	// EtcdDir is etcd's data, Snapshots its backups (pkg/etcd).
 	EtcdDir, Snapshots string
+	// ResetFlag is what k3s leaves when it has put etcd back, so that it does not
+	// do so twice (pkg/etcd). The others are bootstrap's: with Restoring etcd is
+	// being put back and its data is not whole, Restored has the generation that
+	// it was put back for.
+	ResetFlag, Restoring, Restored string
 	// Images are imported before kubelet starts (pkg/agent/containerd). With
 	// ImagesCache beside them (an empty file is enough) archives that have not
 	// changed are left out, from v1.33.1 on.
@@ -87,7 +92,8 @@ func NewPaths(dataDir string) Paths {
 	at := func(elem ...string) string { return path.Join(append([]string{dataDir}, elem...)...) }
 	return Paths{
 		DataDir: dataDir, ServerTLS: at("server/tls"), Manifests: at("server/manifests"), ServerToken: at("server/token"),
-		EtcdDir: at("server/db/etcd"), Snapshots: at("server/db/snapshots"), Images: at("agent/images"), ImagesCache: at("agent/images/.cache.json"),
+		EtcdDir: at("server/db/etcd"), Snapshots: at("server/db/snapshots"),
+		ResetFlag: at("server/db/reset-flag"), Restoring: at("server/db/hearth-restoring"), Restored: at("server/db/hearth-restored"), Images: at("agent/images"), ImagesCache: at("agent/images/.cache.json"),
 		KubeletKubeconfig: at("agent/kubelet.kubeconfig"), ContainerdConfig: at("agent/etc/containerd/config.toml"),
 		ContainerdCertsDir: at("agent/etc/containerd/certs.d"), ContainerdLog: at("agent/containerd/containerd.log"),
 		Marker: at("hearth-generation.json"), CNIManifest: at("server/manifests/hearth-cni.yaml"),

@@ -66,6 +66,9 @@ type Input struct {
 	// Charts are archives (.tgz) that come with bootstrap, by the addon's name
 	// ("hearth", "spinkube", "certManager"); an addon's own Chart wins.
 	Charts map[string][]byte
+	// Values are those of charts that come with bootstrap, by the addon's name;
+	// the NodeConfig's are laid over them.
+	Values map[string]map[string]any
 	// SpinKubeCRDs is the manifest of the operator's resource definitions, which
 	// its chart lacks.
 	SpinKubeCRDs []byte
@@ -577,9 +580,15 @@ ExecStart=` + Binary + ` ` + string(in.Config.Role) + `
 // RestoreArguments are the arguments of the k3s command that turns a snapshot
 // into the only member of a new cluster, and then ends (--cluster-reset of
 // pkg/cli/server). It reads the same configuration files as the service; the
-// snapshot is a path, or a name in the configured bucket.
+// snapshot is an absolute path, or a name in the configured bucket.
 func RestoreArguments(snapshot string) []string {
-	return []string{"server", "--cluster-reset", "--cluster-reset-restore-path=" + snapshot}
+	arguments := []string{"server", "--cluster-reset", "--cluster-reset-restore-path=" + snapshot}
+	if path.IsAbs(snapshot) {
+		// With a bucket k3s looks for everything there, paths too (Reset of
+		// pkg/etcd/etcd.go).
+		arguments = append(arguments, "--etcd-s3=false")
+	}
+	return arguments
 }
 
 // ReadConfig merges configuration files as k3s does (readConfigFile of

@@ -56,7 +56,58 @@ func checkCron(s string) error {
 			}
 		}
 	}
+	if !cronComes(parts) {
+		return errors.New("it never comes: none of its months has such a day")
+	}
 	return nil
+}
+
+// longest are the most days that each month has.
+var longest = []int{31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31}
+
+// cronComes says whether a valid schedule ever comes. Where days of the week are
+// named it does: they count beside the days of the month, not together with them.
+func cronComes(parts []string) bool {
+	const day, month, weekday = 2, 3, 4
+	if _, any := cronValues(parts[weekday], weekday); !any {
+		return true
+	}
+	days, _ := cronValues(parts[day], day)
+	months, _ := cronValues(parts[month], month)
+	for _, m := range months {
+		if slices.ContainsFunc(days, func(d int) bool { return d <= longest[m-1] }) {
+			return true
+		}
+	}
+	return false
+}
+
+// cronValues are the values of a valid field, and whether it leaves them open.
+func cronValues(field string, i int) (values []int, open bool) {
+	f := cronFields[i]
+	for item := range strings.SplitSeq(field, ",") {
+		span, by, stepped := strings.Cut(item, "/")
+		step := 1
+		if stepped {
+			step, _ = strconv.Atoi(by)
+		}
+		low, high := f.low, f.high
+		if span == "*" || span == "?" {
+			open = open || step == 1
+		} else {
+			from, to, isRange := strings.Cut(span, "-")
+			low, _ = cronValue(from, i)
+			if isRange {
+				high, _ = cronValue(to, i)
+			} else if !stepped {
+				high = low
+			}
+		}
+		for v := low; v <= high; v += step {
+			values = append(values, v)
+		}
+	}
+	return values, open
 }
 
 func checkCronItem(item string, i int) error {

@@ -14,7 +14,23 @@ const (
 	ArtifactECRProvider = "ecr-credential-provider"
 	ArtifactNodeAgent   = "nodeagent"
 	ArtifactCNIManifest = "cni-manifest"
+	// ArtifactHearthImage is an archive with the image of our chart's pods, which
+	// no public registry has.
+	ArtifactHearthImage = "hearth-image"
 )
+
+// hearthRegistry is the host in the name of that image.
+const hearthRegistry = "hearth.sh"
+
+// PullsHearth says whether nodes pull the image of our chart's pods from a
+// registry, which somebody must have said, instead of having it in an archive.
+func PullsHearth(spec *v1alpha1.NodeConfigSpec) bool {
+	image, _ := spec.Addons.Hearth.Values["image"].(map[string]any)
+	repository, _ := image["repository"].(string)
+	_, mirrored := spec.Registries.Mirrors[hearthRegistry]
+	// A chart of the owner's own has an image of its own.
+	return repository != "" || mirrored || spec.Addons.Hearth.Chart != ""
+}
 
 // ShimBinary is the name of the binary that k3s looks for to offer the runtime
 // handler of that name, and of the artifact.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -118,6 +119,9 @@ type CheckResult struct {
 	Pool string `json:"pool,omitempty"`
 	// Problems say what is wrong.
 	Problems []Problem `json:"problems,omitempty"`
+	// OfManifest are the artifacts that the signed list must have for this machine;
+	// a check does not read it.
+	OfManifest []string `json:"ofManifest,omitempty"`
 	// Notes say what was read and not used.
 	Notes []string `json:"notes,omitempty"`
 }
@@ -135,6 +139,7 @@ func Check(ctx context.Context, w io.Writer, o CheckOptions) error {
 		result.Problems, result.Notes = invalid.Problems, invalid.Notes
 	} else {
 		result.Role, result.Pool = string(r.Config.Spec.Role), string(r.Config.Spec.Pool)
+		result.OfManifest = ofManifest(r)
 	}
 	if o.Format == FormatJSON {
 		encoder := json.NewEncoder(w)
@@ -145,6 +150,9 @@ func Check(ctx context.Context, w io.Writer, o CheckOptions) error {
 	p := printer{w: w}
 	if result.Valid {
 		p.printf("valid: role %s, pool %s\n", result.Role, result.Pool)
+		if len(result.OfManifest) > 0 {
+			p.printf("spec.artifacts.manifest must have %s, which is seen when it is read\n", strings.Join(result.OfManifest, ", "))
+		}
 	}
 	for _, problem := range result.Problems {
 		p.printf("%s\n", problem)

@@ -97,13 +97,3 @@ func FuzzTags(f *testing.F) {
 		checkOutcome(t, r, err)
 	})
 }
-
-func FuzzSchedule(f *testing.F) {
-	f.Add("*/5 1-2,3 ? jan mon")
-	f.Add("@every 5m")
-	f.Fuzz(func(t *testing.T, s string) {
-		if checkCron(s) == nil && len(s) > 256 {
-			t.Errorf("%q is allowed", s)
-		}
-	})
-}

@@ -59,6 +59,9 @@ type Resolved struct {
 	// Notes say what was read and not used, in whole sentences without the
 	// full stop.
 	Notes []string
+	// Signal is set beside an error: who waits for the instance, as far as that
+	// could be read and is valid by itself.
+	Signal v1alpha1.SignalConfig
 
 	tree     *node
 	instance *Instance
@@ -102,11 +105,20 @@ func assemble(documents []*node, s Sources, ps *problems) (Resolved, error) {
 	}
 	newValidator(ps, tree, config, s.Instance).validate()
 	if err := ps.err(); err != nil {
-		return Resolved{}, err
+		return Resolved{Signal: ps.signal(config)}, err
 	}
 	r := Resolved{Config: config, Origins: map[string]Origin{}, Notes: ps.notes, tree: tree, instance: s.Instance}
 	tree.walk("", func(path string, n *node) { r.Origins[path] = n.origin })
 	return r, nil
+}
+
+// signal is what is said of signals, unless something is wrong with that.
+func (ps *problems) signal(config *v1alpha1.NodeConfig) v1alpha1.SignalConfig {
+	const path = "spec.signal"
+	if slices.ContainsFunc(ps.list, func(p Problem) bool { return p.Path == path || strings.HasPrefix(p.Path, path+".") }) {
+		return v1alpha1.SignalConfig{}
+	}
+	return config.Spec.Signal
 }
 
 func noteList(notes []string) string {

@@ -261,6 +261,38 @@ func TestAutoScalingGroupIsTheTags(t *testing.T) {
 	}
 }
 
+// TestWhoWaitsIsKnownInSpiteOfErrors: an Auto Scaling group would wait out its
+// hook for an instance that will never be a node.
+func TestWhoWaitsIsKnownInSpiteOfErrors(t *testing.T) {
+	const hook = "\n  signal: {lifecycleHook: hook, cloudFormation: {stack: s, resource: R}}\n"
+	tags := map[string]string{tagAutoScalingGroup: "group"}
+	whole := v1alpha1.SignalConfig{LifecycleHook: "hook", AutoScalingGroup: "group", CloudFormation: &v1alpha1.CloudFormationSignal{Stack: "s", Resource: "R"}}
+	dir := t.TempDir()
+	write(t, dir, "node.yaml", head+"spec:"+hook)
+	for name, c := range map[string]struct {
+		source Sources
+		want   v1alpha1.SignalConfig
+	}{
+		"a server on Spot":         {Sources{UserData: []byte(least + "  pool: control-plane" + hook), Instance: &Instance{Spot: true}}, whole},
+		"an unknown field":         {Sources{UserData: []byte(least + "  colour: red" + hook)}, whole},
+		"a value of another kind":  {Sources{UserData: []byte(least + "  node: {labels: [x]}" + hook)}, whole},
+		"user-data that is broken": {Sources{UserData: []byte(head + "spec: {"), Dir: dir}, whole},
+		"a hook that is none":      {Sources{UserData: []byte(least + "  signal: {lifecycleHook: 'a b', cloudFormation: {stack: s, resource: R}}")}, v1alpha1.SignalConfig{}},
+		"nobody waits":             {Sources{UserData: []byte(least + "  colour: red")}, v1alpha1.SignalConfig{AutoScalingGroup: ""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.source.Tags = tags
+			r, err := Resolve(t.Context(), c.source)
+			if err == nil {
+				t.Fatal("it is valid")
+			}
+			if diff := cmp.Diff(c.want, r.Signal); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
 func TestServerOnSpot(t *testing.T) {
 	for name, c := range map[string]struct {
 		lines   string
@@ -464,8 +496,30 @@ func TestCheckSaysWhatItWouldBecome(t *testing.T) {
 	if err := Check(t.Context(), &text, CheckOptions{Sources: Sources{Dir: filepath.Dir(write(t, t.TempDir(), "a.yaml", least)), UserData: []byte("#!/bin/sh\n")}}); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := text.String(), "valid: role agent, pool wasm\nnote: no NodeConfig in user-data: it is a script\n"; got != want {
+	if got, want := text.String(), "valid: role agent, pool wasm\nspec.artifacts.manifest must have k3s, hearth-image, containerd-shim-spin-v2, which is seen when it is read\nnote: no NodeConfig in user-data: it is a script\n"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestCheckNamesWhatTheManifestMustHave(t *testing.T) {
+	for name, c := range map[string]struct {
+		lines []string
+		want  []string
+	}{
+		"a server":          {[]string{"pool: control-plane"}, []string{"k3s", "hearth-image"}},
+		"all is pulled":     {[]string{"pool: control-plane", "addons: {hearth: {values: {image: {repository: x.example/y}}}}"}, []string{"k3s"}},
+		"what files have":   {[]string{"pool: control-plane", "artifacts: {manifest: https://example.com/m.json, publicKeys: ['" + key + "'], files: [{name: hearth-image, urls: [s3://bucket/x.tar], sha256: " + digest + "}]}"}, []string{"k3s"}},
+		"a network and ECR": {[]string{"pool: build", "network: {cni: calico}", "registries: {ecr: true}"}, []string{"k3s", "ecr-credential-provider", "cni-manifest"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, err := resolve(t, spec(c.lines...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(c.want, ofManifest(r)); diff != "" {
+				t.Error(diff)
+			}
+		})
 	}
 }
 
@@ -474,7 +528,7 @@ func TestCheckArtifactsOnceTheManifestIsKnown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := []string{"k3s", "containerd-shim-spin-v2", "cni-manifest", "ecr-credential-provider"}
+	all := []string{"k3s", "containerd-shim-spin-v2", "cni-manifest", "ecr-credential-provider", "hearth-image"}
 	if err := CheckArtifacts(r, all); err != nil {
 		t.Error(err)
 	}

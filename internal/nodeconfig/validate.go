@@ -760,6 +760,21 @@ func CheckArtifacts(r Resolved, names []string) error {
 	return ps.err()
 }
 
+// ofManifest are the names of those artifacts without which a manifest would be
+// refused for this configuration.
+func ofManifest(r Resolved) []string {
+	if r.Config.Spec.Artifacts.Manifest == "" {
+		return nil
+	}
+	all := []string{ArtifactK3s, ArtifactAirgap, ArtifactHearthImage, ArtifactECRProvider, ArtifactCNIManifest}
+	for _, s := range r.Config.Spec.Shims {
+		all = append(all, s.Artifact)
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(name string) bool {
+		return CheckArtifacts(r, slices.DeleteFunc(slices.Clone(all), func(n string) bool { return n == name })) == nil
+	})
+}
+
 func (v *validator) artifactRules(names []string) {
 	spec := &v.config.Spec
 	known := func(name string) bool {
@@ -795,8 +810,14 @@ func (v *validator) artifactRules(names []string) {
 	if spec.Registries.ECR != nil && *spec.Registries.ECR && !known(ArtifactECRProvider) {
 		v.missing("spec.registries.ecr", "needs the artifact ecr-credential-provider%s%s", forArch, add)
 	}
+	// Agents without shims have no taint that waits for the pods.
+	if on(spec.Addons.Hearth) && (spec.Role == roleServer || len(spec.Shims) > 0) && !PullsHearth(spec) && !known(ArtifactHearthImage) {
+		v.missing("spec.addons.hearth", "its pods need an image that no public registry has, and without them nodes stay tainted; add the artifact hearth-image%s, or set values.image.repository to your registry's, or enabled to false", forArch)
+	}
 	_, all := spec.Registries.Mirrors["*"]
 	_, hub := spec.Registries.Mirrors["docker.io"]
+	// On agents systemDefault is the owner's word for what servers hand to them
+	// (SystemDefaultRegistry in pkg/agent/config of k3s).
 	if spec.Registries.SystemDefault == "" && !all && !hub && !known(ArtifactAirgap) {
 		v.missing("spec.registries", "k3s's own images would come from Docker Hub, whose rate limits stop clusters that scale out; set systemDefault, a mirror of docker.io, or add the artifact k3s-airgap-images")
 	}

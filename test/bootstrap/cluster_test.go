@@ -2,6 +2,7 @@ package bootstrap_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"strings"
@@ -67,7 +68,8 @@ func etcdMembers(t *testing.T, m *machine.Machine, want int) {
 }
 
 // TestAClusterComesUpFromUserDataAlone boots three servers at once and two
-// agents with them; then one server is lost and replaced.
+// agents with them, one of which pulls from ECR; then one server is lost and
+// replaced.
 func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 	t.Parallel()
 	l := newLab(t, "cluster")
@@ -79,7 +81,15 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 		servers, all = append(servers, m), append(all, m)
 	}
 	spot := l.add("worker-spot", l.userData("wasm", ""), machine.Spec{Configure: func(c *imdstest.Config) { c.LifeCycle = "spot" }})
-	all = append(all, spot, l.add("worker-backend", l.userData("backend", ""), machine.Spec{}))
+	registry, undo := l.startECR()
+	// The same lab, for one whose images are in ECR.
+	withProvider := *l
+	withProvider.artifacts = l.provider()
+	backend := l.add("worker-backend", withProvider.userData("backend", ""), asRole(pullerKey))
+	for _, m := range []*machine.Machine{spot, backend} {
+		reaches(t, m, registry)
+	}
+	all = append(all, spot, backend)
 	var wait sync.WaitGroup
 	for _, m := range all {
 		wait.Go(func() {
@@ -121,7 +131,8 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 	if got := seen[spot.InstanceID].Labels["node.kubernetes.io/lifecycle"]; got != "spot" {
 		t.Errorf("the lifecycle of a Spot instance is %q", got)
 	}
-	tokensStayWhereTheyBelong(t, all)
+	l.tokensStayWhereTheyBelong(t, all)
+	pulled := nodesPullFromECR(t, kube, registry, undo, backend, spot)
 	for _, m := range all {
 		if out, err := m.Exec(t.Context(), "nodeagent", "--version"); err != nil {
 			t.Errorf("nodeagent on %s: %v: %s", m.Name, err, out)
@@ -129,9 +140,9 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 	}
 
 	// Again, and nothing changes: no file, no restart.
-	for _, m := range []*machine.Machine{servers[0], servers[1], spot} {
+	for _, m := range []*machine.Machine{servers[0], servers[1], backend} {
 		unit := "k3s.service"
-		if m == spot {
+		if m == backend {
 			unit = "k3s-agent.service"
 		}
 		before, err := m.Exec(t.Context(), "systemctl", "show", "--value", "--property=InvocationID", unit)
@@ -150,6 +161,7 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 			t.Errorf("%s of %s was restarted", unit, m.Name)
 		}
 	}
+	pulled()
 
 	// A server is terminated and another one launched in its place.
 	lost := servers[0]
@@ -173,7 +185,7 @@ func TestAClusterComesUpFromUserDataAlone(t *testing.T) {
 			t.Errorf("%s is not Ready", m.Name)
 		}
 	}
-	nothingOfAnAgentIsLeft(t, spot, l.k3s.Binds)
+	nothingOfAnAgentIsLeft(t, backend, l.k3s.Binds)
 }
 
 // nothingOfAnAgentIsLeft resets an agent. That a reset leaves nothing at all is
@@ -217,19 +229,46 @@ func phases(r bootstrap.Result) string {
 }
 
 // tokensStayWhereTheyBelong looks for the cluster's secrets in all places that
-// somebody else can read.
-func tokensStayWhereTheyBelong(t *testing.T, all []*machine.Machine) {
+// somebody else can read. It looks for the secrets alone: a founder's files have
+// them without what makes a token of them.
+func (l *lab) tokensStayWhereTheyBelong(t *testing.T, all []*machine.Machine) {
 	t.Helper()
+	var tokens struct{ ServerToken, AgentToken string }
+	if err := json.Unmarshal(l.object(t, stateBucket, l.name+"/server/1/credentials"), &tokens); err != nil {
+		t.Fatal(err)
+	}
+	secret := func(token string) string { return token[strings.LastIndexByte(token, ':')+1:] }
+	ofServers, ofAgents := secret(tokens.ServerToken), secret(tokens.AgentToken)
+	if len(ofServers) < 16 || len(ofAgents) < 16 || ofServers == ofAgents {
+		t.Fatalf("the secrets have %d and %d characters", len(ofServers), len(ofAgents))
+	}
+	// The secrets come on standard input, since arguments are looked at. That the
+	// user nobody cannot read a file counts, whichever directory keeps it from that.
+	const script = `umask 077; cat >/run/patterns; tail -n 1 /run/patterns >/run/pattern-of-servers
+everywhere='/etc /run /opt /tmp /usr/local /var/backups /var/cache /var/lib /var/log /var/tmp'
+setpriv --reuid=65534 --regid=65534 --clear-groups grep -rIlF -f - $everywhere </run/patterns 2>/dev/null | sed 's/$/ is readable for nobody/'
+journalctl --no-pager --all --output=verbose | grep -cF -f /run/patterns | grep -vx 0 | sed 's/$/ lines of the journal/'
+for file in /proc/[0-9]*/cmdline /proc/[0-9]*/environ; do grep -qaF -f /run/patterns "$file" 2>/dev/null && echo "$file has it"; done
+grep -rIlF -f /run/patterns /etc/systemd /run/systemd /usr/lib/systemd /var/lib/cloud /var/log 2>/dev/null | sed 's/$/ has it/'
+if [ ! -d /var/lib/rancher/k3s/server ]; then grep -rIlF -f /run/pattern-of-servers /etc /var/lib/hearth /var/lib/rancher 2>/dev/null | sed 's/$/ has what is for servers/'; fi
+grep -rlF -f /run/patterns /var/lib/rancher/k3s/server/token /var/lib/rancher/k3s/server/agent-token /etc/rancher /var/lib/hearth 2>/dev/null | sed 's/^/found: /'
+rm /run/patterns /run/pattern-of-servers`
 	for _, m := range all {
-		script := `grep -rIlE 'K10[0-9a-f]{64}::(server|node):' /etc /run/systemd /var/log /usr/local /var/lib/hearth /var/lib/cloud 2>/dev/null | while read f; do
-			[ "$(stat -c %a "$f")" = 600 ] || echo "$f is readable for others"
-		done
-		journalctl --no-pager | grep -cE 'K10[0-9a-f]{64}::(server|node):' | grep -v '^0$' || true
-		cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -E 'K10[0-9a-f]{64}::' || true
-		if [ ! -d /var/lib/rancher/k3s/server ]; then grep -rIl '::server:' /var/lib/hearth /etc/rancher /var/lib/rancher 2>/dev/null || true; fi`
-		out, err := m.Exec(t.Context(), "sh", "-c", script)
-		if err != nil || strings.TrimSpace(out) != "" {
-			t.Errorf("tokens on %s: %v: %s", m.Name, err, out)
+		out, err := m.ExecInput(t.Context(), strings.NewReader(ofAgents+"\n"+ofServers+"\n"), "sh", "-c", script)
+		if err != nil {
+			t.Errorf("tokens on %s: %v", m.Name, err)
+		}
+		found := 0
+		for line := range strings.Lines(out) {
+			if strings.HasPrefix(line, "found: ") {
+				found++
+				continue
+			}
+			t.Errorf("tokens on %s: %s", m.Name, line)
+		}
+		// Else nothing was looked for.
+		if found == 0 {
+			t.Errorf("no file of %s has a token at all", m.Name)
 		}
 	}
 }

@@ -119,6 +119,8 @@ func (l *lab) rest(host string) string {
       kubelet-arg: [fail-cgroupv1=false]
   shims:
   - name: wasmtime
+  addons:
+    hearth: {values: {image: {repository: hearth.sh/nodeagent}}}
   host:
     %s
   timeouts: {fetch: 5m, join: 10s, ready: 10s, prove: 10s}
@@ -356,8 +358,10 @@ func TestBadInputEndsInAClassifiedError(t *testing.T) {
 		"a k3s that exits": {
 			attempt: attempt{config: good("exits", k3sIs("exits", exiting), "")}, exit: bootstrap.ExitStart, code: systemd.CodeUnitTimeout, mentions: "no way",
 		},
-		"a k3s that hangs": {
-			attempt: attempt{config: good("hangs", k3sIs("hangs", hanging), "")}, exit: bootstrap.ExitStart, code: systemd.CodeUnitTimeout, mentions: "waiting for something",
+		"a k3s that hangs and was tried for long": {
+			before: exec("sh", "-c", "mkdir -p /var/lib/hearth/a-k3s-that-hangs-and-was-tried-for-long && "+
+				`echo '{"runs": 9, "spentMs": 3600000}' > /var/lib/hearth/a-k3s-that-hangs-and-was-tried-for-long/attempts.json`),
+			attempt: attempt{config: good("hangs", k3sIs("hangs", hanging), "")}, exit: bootstrap.ExitGaveUp, code: systemd.CodeUnitTimeout, mentions: "waiting for something",
 		},
 		"a k3s that is ready and does not stay": {
 			attempt: attempt{config: good("loops", k3sIs("loops", looping), "")}, exit: bootstrap.ExitStart, code: systemd.CodeUnitLoops, mentions: "does not stay",
@@ -465,8 +469,8 @@ func (l *lab) metadataThatNeverRecovers(t *testing.T, m *machine.Machine) (wait 
 			plan := m.Command(t.Context(), "env", variable+"="+endpoint, program, "plan")
 			out, _ := plan.CombinedOutput() // its exit code is looked at
 			t.Logf("a plan with instance metadata that %s: %s: %s", name, time.Since(began).Round(time.Second), out)
-			if code := plan.ProcessState.ExitCode(); code != bootstrap.ExitMetadata || !strings.Contains(string(out), tc.mentions) {
-				t.Errorf("a plan with instance metadata that %s: exit %d", name, code)
+			if code := plan.ProcessState.ExitCode(); code != bootstrap.ExitMetadata || !strings.Contains(string(out), tc.mentions) || !strings.Contains(string(out), "bootstrap explain "+string(tc.code)+")") {
+				t.Errorf("a plan with instance metadata that %s: exit %d, not %d with %s", name, code, bootstrap.ExitMetadata, tc.code)
 			}
 			if !soaked(false, true) {
 				return

@@ -33,8 +33,9 @@ const (
 	resultPath = bootstrap.DefaultStateDir + "/result.json"
 )
 
-// TestPowerMayGoAtAnyInstant cuts the power of a server again and again while
-// it becomes a node. Whenever it goes, nothing is half-installed; when it is
+// TestPowerMayGoAtAnyInstant cuts the power of a machine again and again while
+// it becomes a node, and once more while it is reset: a server that founds, or an
+// agent, by turns in soaks and else as it happens. Whenever it goes, nothing is half-installed; when it is
 // back, bootstrap's own unit goes on; and there is one cluster in the end.
 //
 // The first instants, until bootstrap's unit is installed, are left out:
@@ -42,16 +43,26 @@ const (
 func TestPowerMayGoAtAnyInstant(t *testing.T) {
 	t.Parallel()
 	for series := range soaked(1, 8) {
-		name := fmt.Sprintf("power-%d", series+1)
+		name, agent := fmt.Sprintf("power-%d", series+1), soaked(rand.N(2), series%2) == 1
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			t.Logf("the machine is an agent: %t", agent)
 			l := newLab(t, name)
-			l.cutPowerAgainAndAgain(t, l.add("server", l.userData("control-plane", ""), machine.Spec{Disk: diskSize}), soaked(3, 5))
+			m := l.add("cut", l.userData(map[bool]string{true: "wasm", false: "control-plane"}[agent], ""), machine.Spec{Disk: diskSize})
+			server := m
+			if agent {
+				server = l.add("server", l.userData("control-plane", ""), machine.Spec{})
+				l.boot(server)
+				l.succeeded(server)
+			}
+			l.cutPowerAgainAndAgain(t, server, m, soaked(3, 5))
+			l.cutPowerOfAReset(t, m)
 		})
 	}
 }
 
-func (l *lab) cutPowerAgainAndAgain(t *testing.T, m *machine.Machine, cuts int) {
+// cutPowerAgainAndAgain cuts that of m, which is the only server or joins it.
+func (l *lab) cutPowerAgainAndAgain(t *testing.T, server, m *machine.Machine, cuts int) {
 	ctx := boundedBy(t, soaked(soon, 15*time.Minute))
 	for cut := range cuts {
 		l.bootAndRun(t, m)
@@ -88,12 +99,68 @@ func (l *lab) cutPowerAgainAndAgain(t *testing.T, m *machine.Machine, cuts int) 
 	if outcomes := l.oneCluster(t); !slices.Contains(outcomes, "founded") {
 		t.Errorf("nobody founded the cluster: %q", outcomes)
 	}
-	etcdMembers(t, m, 1)
-	if seen := nodes(t, client(t, m)); len(seen) != 1 || !ready(seen[m.InstanceID]) {
+	etcdMembers(t, server, 1)
+	want := map[string]bool{server.InstanceID: true, m.InstanceID: true}
+	if seen := nodes(t, client(t, server)); len(seen) != len(want) || !ready(seen[m.InstanceID]) {
 		t.Errorf("the nodes are %v", seen)
 	}
 	if left := leftovers(t, m); len(left) > 0 {
 		t.Errorf("unfinished files are left: %q", left)
+	}
+}
+
+// cutPowerOfAReset cuts the power once a reset has begun to remove files, and
+// resets again when it is back. In between, bootstrap's unit may have made the
+// machine a node again, as it does at every boot for as long as it is there.
+func (l *lab) cutPowerOfAReset(t *testing.T, m *machine.Machine) {
+	t.Helper()
+	ctx := boundedBy(t, soon)
+	before := len(ledgerOf(t, m.Path(host.DefaultLedger)).Files)
+	reset := m.Command(ctx, "bootstrap", "reset", "--yes")
+	if err := reset.Start(); err != nil {
+		t.Fatal(err)
+	}
+	gone := func() int { // programs and configuration, as far as they are gone
+		n := 0
+		for _, path := range []string{binDir + "/k3s", binDir + "/nodeagent", shimPath, "/etc/rancher/k3s/config.yaml.d", "/var/lib/rancher/k3s", "/var/lib/kubelet"} {
+			if _, err := os.Lstat(m.Path(path)); err != nil {
+				n++
+			}
+		}
+		return n
+	}
+	for gone() == 0 && ctx.Err() == nil {
+		time.Sleep(10 * time.Millisecond)
+	}
+	at := gone()
+	if err := m.CutPower(ctx); err != nil {
+		t.Fatal(err)
+	}
+	_ = reset.Wait() // it went with the power
+	t.Logf("the power went when %d of 6 places were empty; %d files had been recorded", at, before)
+	if err := m.CheckDisk(ctx); err != nil {
+		t.Error(err)
+	}
+	l.boot(m)
+	if err := m.WaitBooted(ctx); err != nil {
+		t.Fatal(err)
+	}
+	out, err := m.Exec(ctx, "sh", "-c", "systemctl stop hearth-bootstrap 2>/dev/null; command -v bootstrap")
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := m.Exec(ctx, "bootstrap", "reset", "--yes"); err != nil {
+		t.Fatalf("the second reset: %v: %s", err, out)
+	}
+	for _, path := range []string{"/var/lib/rancher", "/etc/rancher", "/var/lib/kubelet", "/etc/systemd/system/k3s.service", "/etc/systemd/system/k3s-agent.service", binDir + "/k3s", binDir + "/nodeagent", shimPath, host.DefaultLedger} {
+		if _, err := os.Lstat(m.Path(path)); err == nil {
+			t.Errorf("after the second reset there is %s", path)
+		}
+	}
+	for _, line := range running(t, m) {
+		if kind, _, _ := strings.Cut(line, " "); kind == "process" || kind == "unit" {
+			t.Errorf("after the second reset there is the %s", line)
+		}
 	}
 }
 

@@ -68,6 +68,8 @@ type Options struct {
 	// FoundWithin bounds how long a generation is held undecided: after that
 	// the heartbeats end, whatever the holder does. 0 means DefaultFoundWithin.
 	FoundWithin time.Duration
+	// RestoreWithin is added to it where the generation is to be restored.
+	RestoreWithin time.Duration
 	// Timeout bounds Elect. 0 means DefaultTimeout.
 	Timeout time.Duration
 	// Patience is how long one request to the store is tried again. 0 means
@@ -89,8 +91,10 @@ type Elector struct {
 	restore  *Restore
 	lease    time.Duration
 	within   time.Duration
-	timeout  time.Duration
-	log      *slog.Logger
+	// restoring is added to within for a restore.
+	restoring time.Duration
+	timeout   time.Duration
+	log       *slog.Logger
 
 	began  time.Time // when Elect was called
 	memory Memory
@@ -123,7 +127,7 @@ func New(o Options) (*Elector, error) {
 	e := &Elector{
 		records:  &records{store: o.Store, patience: positive(o.Patience, DefaultPatience)},
 		instance: o.Instance, server: o.Server, state: o.State, discard: o.Discard, data: o.DataPresent, restore: o.Restore,
-		lease: positive(o.Lease, DefaultLease), within: positive(o.FoundWithin, DefaultFoundWithin), timeout: positive(o.Timeout, DefaultTimeout),
+		lease: positive(o.Lease, DefaultLease), within: positive(o.FoundWithin, DefaultFoundWithin), restoring: o.RestoreWithin, timeout: positive(o.Timeout, DefaultTimeout),
 		log: o.Logger,
 	}
 	if e.log == nil {

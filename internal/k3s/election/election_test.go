@@ -28,12 +28,14 @@ type node struct {
 	log      *slog.Logger
 	discards []int
 	refuses  error // what Discard answers
+	// restoring is Options.RestoreWithin.
+	restoring time.Duration
 }
 
 func (n *node) elector(t *testing.T) *election.Elector {
 	t.Helper()
 	e, err := election.New(election.Options{
-		Store: n.store, Instance: n.name, Server: !n.agent, State: n.disk, Restore: n.restore, Timeout: n.timeout, Patience: n.patience, Logger: n.log,
+		Store: n.store, Instance: n.name, Server: !n.agent, State: n.disk, Restore: n.restore, Timeout: n.timeout, Patience: n.patience, Logger: n.log, RestoreWithin: n.restoring,
 		Discard: func(_ context.Context, g int) error {
 			n.discards = append(n.discards, g)
 			if n.refuses == nil {
@@ -289,6 +291,28 @@ func TestAHolderThatHangsLosesItsGenerationInTheEnd(t *testing.T) {
 		began := time.Now()
 		taken := second.elect(t)
 		if taken.Action != election.ActionFound || time.Since(began) < election.DefaultFoundWithin {
+			t.Errorf("after %s: got %+v", time.Since(began), taken)
+		}
+		taken.Hold.Close()
+	})
+}
+
+// TestAHolderThatRestoresHasMoreTime: fetching what a large cluster has takes
+// longer than a first start.
+func TestAHolderThatRestoresHasMoreTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const more = 20 * time.Minute
+		w := quiet()
+		w.node("i-0").found(t, "10.0.0.1")
+		hung, second := w.node("i-1"), w.node("i-2")
+		hung.restore, hung.restoring = &election.Restore{Generation: 1, Snapshot: "x"}, more
+		second.timeout = time.Hour
+		d := hung.elect(t)
+		defer d.Hold.Close()
+		second.restore = hung.restore
+		began := time.Now()
+		taken := second.elect(t)
+		if taken.Action != election.ActionFound || taken.Generation != 3 || time.Since(began) < election.DefaultFoundWithin+more {
 			t.Errorf("after %s: got %+v", time.Since(began), taken)
 		}
 		taken.Hold.Close()

@@ -38,7 +38,11 @@ func (e *Elector) hold(ctx context.Context, n int, holder *holderRecord) (*Decis
 	h := &Hold{elector: e, generation: n, nonce: holder.Nonce, session: randomHex(), stopped: make(chan struct{}), fenced: make(chan struct{})}
 	// The beating outlives Elect and ends with the Hold, at the latest after
 	// FoundWithin: a holder that hangs must not keep others waiting for ever.
-	beating, stop := context.WithTimeout(context.WithoutCancel(ctx), e.within)
+	within := e.within
+	if holder.Restore != nil {
+		within += e.restoring
+	}
+	beating, stop := context.WithTimeout(context.WithoutCancel(ctx), within)
 	h.stop = stop
 	go h.beat(beating)
 	credentials, err := e.records.publish(ctx, n, holder)

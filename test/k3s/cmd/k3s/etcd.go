@@ -140,6 +140,20 @@ func (e *etcd) ctl(ctx context.Context, input []byte, endpoints []string, args .
 	return out.Bytes(), nil
 }
 
+// save writes a snapshot, which etcdctl makes beside its place and renames.
+func (e *etcd) save(ctx context.Context, file string) error {
+	ctx, cancel := context.WithTimeout(ctx, saveTimeout)
+	defer cancel()
+	// The whole command has no timeout: it takes as long as there is data.
+	cmd := exec.CommandContext(ctx, "etcdctl", "--endpoints=https://127.0.0.1:2379", "--cacert="+e.pki.path("etcd/server-ca.crt"),
+		"--cert="+e.pki.path("etcd/client.crt"), "--key="+e.pki.path("etcd/client.key"), "snapshot", "save", file)
+	cmd.Env, cmd.WaitDelay = append(os.Environ(), "ETCDCTL_API=3"), time.Second
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("saving the snapshot: %w: %s", err, out)
+	}
+	return nil
+}
+
 func (e *etcd) members(ctx context.Context, endpoints ...string) ([]member, error) {
 	out, err := e.ctl(ctx, nil, endpoints, "member", "list", "--write-out=json")
 	if err != nil {

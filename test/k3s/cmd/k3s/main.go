@@ -7,8 +7,8 @@
 // containerd, runc and CNI plugins.
 //
 // Known differences: no packaged components but the RuntimeClasses, HelmChart
-// objects are stored and not rendered, flannel is always host-gw, the API
-// server reaches kubelets directly, a server without --cluster-init has a
+// objects are stored and not rendered, flannel is host-gw or none, snapshots have
+// no objects, the API server reaches kubelets directly, a server without --cluster-init has a
 // single etcd in place of SQLite, and kubectl and crictl are missing.
 package main
 

@@ -82,8 +82,8 @@ var serverFlags = map[string]flag{
 	"kine-tls": {kind: boolean}, "datastore-endpoint": {env: "K3S_DATASTORE_ENDPOINT"}, "datastore-cafile": {env: "K3S_DATASTORE_CAFILE"}, "datastore-certfile": {env: "K3S_DATASTORE_CERTFILE"}, "datastore-keyfile": {env: "K3S_DATASTORE_KEYFILE"},
 	"etcd-expose-metrics": {kind: boolean}, "etcd-disable-snapshots": {kind: boolean}, "etcd-snapshot-name": {fallback: "etcd-snapshot"},
 	"etcd-snapshot-schedule-cron": {fallback: "0 */12 * * *"}, "etcd-snapshot-retention": {kind: number, fallback: "5"}, "etcd-snapshot-reconcile-interval": {}, "etcd-snapshot-dir": {}, "etcd-snapshot-compress": {kind: boolean},
-	"etcd-s3": {kind: boolean}, "etcd-s3-endpoint": {}, "etcd-s3-endpoint-ca": {}, "etcd-s3-skip-ssl-verify": {kind: boolean}, "etcd-s3-access-key": {}, "etcd-s3-secret-key": {}, "etcd-s3-session-token": {},
-	"etcd-s3-bucket": {}, "etcd-s3-bucket-lookup-type": {}, "etcd-s3-region": {}, "etcd-s3-folder": {}, "etcd-s3-proxy": {}, "etcd-s3-config-secret": {}, "etcd-s3-insecure": {kind: boolean}, "etcd-s3-timeout": {}, "etcd-s3-retention": {kind: number},
+	"etcd-s3": {kind: boolean}, "etcd-s3-endpoint": {fallback: "s3.amazonaws.com"}, "etcd-s3-endpoint-ca": {}, "etcd-s3-skip-ssl-verify": {kind: boolean}, "etcd-s3-access-key": {}, "etcd-s3-secret-key": {}, "etcd-s3-session-token": {},
+	"etcd-s3-bucket": {}, "etcd-s3-bucket-lookup-type": {}, "etcd-s3-region": {fallback: "us-east-1"}, "etcd-s3-folder": {}, "etcd-s3-proxy": {}, "etcd-s3-config-secret": {}, "etcd-s3-insecure": {kind: boolean}, "etcd-s3-timeout": {fallback: "5m0s"}, "etcd-s3-retention": {kind: number, fallback: "5"},
 	"default-local-storage-path": {}, "disable": {kind: list}, "disable-scheduler": {kind: boolean}, "disable-cloud-controller": {kind: boolean}, "disable-kube-proxy": {kind: boolean},
 	"disable-network-policy": {kind: boolean}, "disable-helm-controller": {kind: boolean}, "disable-apiserver": {kind: boolean}, "disable-controller-manager": {kind: boolean}, "disable-etcd": {kind: boolean}, "disable-agent": {kind: boolean},
 	"embedded-registry": {kind: boolean}, "system-default-registry": {env: "K3S_SYSTEM_DEFAULT_REGISTRY"}, "secrets-encryption": {kind: boolean}, "secrets-encryption-provider": {},
@@ -93,7 +93,7 @@ var serverFlags = map[string]flag{
 // it: better an error than a test that proves nothing.
 var unsupported = []string{
 	"docker", "rootless", "container-runtime-endpoint", "image-service-endpoint", "datastore-endpoint", "vpn-auth", "vpn-auth-file", "embedded-registry", "disable-apiserver",
-	"disable-etcd", "disable-agent", "disable-controller-manager", "selinux",
+	"disable-etcd", "disable-agent", "disable-controller-manager", "selinux", "etcd-s3-config-secret",
 }
 
 // packaged are what --disable may name.
@@ -135,6 +135,12 @@ func (o *options) get(name string) string {
 func (o *options) is(name string) bool {
 	b, _ := strconv.ParseBool(o.get(name)) // checked while loading
 	return b
+}
+
+// number is a flag's value; 0 where it has none.
+func (o *options) number(name string) int {
+	n, _ := strconv.Atoi(o.get(name)) // checked while loading
+	return n
 }
 
 // all returns a list; a value may hold several, separated by commas, in the
@@ -417,6 +423,9 @@ func (o *options) check(flags map[string]flag) error {
 	}
 	if o.command == agentCommand && o.get("token") == "" {
 		return errors.New("--token is required") // as k3s says it
+	}
+	if o.command == serverCommand {
+		return checkSnapshots(o)
 	}
 	return nil
 }

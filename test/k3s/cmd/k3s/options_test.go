@@ -92,6 +92,13 @@ func TestMistakesInSettingsAreErrors(t *testing.T) {
 		"no TLS":                           {command: agentCommand, config: "token: a\nserver: http://a:6443", word: "https"},
 		"a token and a file":               {command: serverCommand, config: "token: a\ntoken-file: /nowhere", word: "exclude"},
 		"a token file that is not there":   {command: serverCommand, config: "token-file: /nowhere/token", word: "/nowhere/token"},
+		"a schedule that is none":          {command: serverCommand, config: "etcd-snapshot-schedule-cron: often", word: "schedule-cron"},
+		"a schedule that never comes":      {command: serverCommand, config: "etcd-snapshot-schedule-cron: 0 0 31 2 *", word: "never"},
+		"snapshots to no bucket":           {command: serverCommand, config: "etcd-s3: true", word: "bucket"},
+		"an endpoint that is a URL":        {command: serverCommand, config: "etcd-s3: true\netcd-s3-bucket: b\netcd-s3-endpoint: https://a", word: "HOST"},
+		"half of a key":                    {command: serverCommand, config: "etcd-s3-access-key: a", word: "missing"},
+		"settings of S3 from a Secret":     {command: serverCommand, config: "etcd-s3-config-secret: a", word: "does not do"},
+		"a snapshot without a reset":       {command: serverCommand, args: []string{"--cluster-reset-restore-path=/a"}, word: "--cluster-reset required"},
 		"a word that is no flag":           {command: serverCommand, args: []string{"now"}, word: "now"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -206,7 +206,10 @@ func (s *server) handler(clientCA *x509.CertPool, api http.Handler) http.Handler
 		sendJSON(w, files)
 	})
 	handle("/db/info", servers, func(w http.ResponseWriter, r *http.Request) {
-		members, err := s.etcd.members(r.Context())
+		// k3s asks for as long (infoHandler of pkg/etcd).
+		ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
+		defer cancel()
+		members, err := s.etcd.members(ctx)
 		if err != nil {
 			members = []member{{Name: s.etcd.name, PeerURLs: []string{s.etcd.peerURL()}, ClientURLs: []string{s.etcd.clientURL()}}}
 		}

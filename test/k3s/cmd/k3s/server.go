@@ -130,6 +130,9 @@ func (s *server) run(ctx context.Context) error {
 	if err := s.etcd.saveBootstrap(ctx, s.secret); err != nil {
 		return err
 	}
+	if err := s.schedule(ctx); err != nil {
+		return err
+	}
 	if err := s.startControlPlane(ctx); err != nil {
 		return err
 	}
@@ -283,13 +286,29 @@ func (s *server) prepare() error {
 	return s.writeAdminKubeconfig()
 }
 
+// passwd has the secrets of both tokens.
+func (s *server) passwd() string { return s.o.dataDir("server/cred/passwd") }
+
+// savedSecret is the server token's of an earlier start, or "".
+func (s *server) savedSecret() (secret string) {
+	content, err := os.ReadFile(s.passwd())
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(content)) {
+		if fields := strings.Split(strings.TrimSpace(line), ","); len(fields) > 1 && fields[1] == "server" {
+			secret = fields[0]
+		}
+	}
+	return secret
+}
+
 // tokens settles the secrets and writes them in the forms that k3s does.
 func (s *server) tokens() error {
 	hash, err := s.caHash()
 	if err != nil {
 		return err
 	}
-	passwd := s.o.dataDir("server/cred/passwd")
 	if given := s.o.get("token"); given != "" {
 		a, err := parseToken(given)
 		if err != nil {
@@ -300,12 +319,8 @@ func (s *server) tokens() error {
 			return fmt.Errorf("token CA hash does not match the Cluster CA certificate hash: %s != %s", a.hash, hash)
 		}
 		s.secret = a.password
-	} else if content, err := os.ReadFile(passwd); err == nil {
-		for line := range strings.Lines(string(content)) {
-			if fields := strings.Split(strings.TrimSpace(line), ","); len(fields) > 1 && fields[1] == "server" {
-				s.secret = fields[0]
-			}
-		}
+	} else {
+		s.secret = s.savedSecret()
 	}
 	if s.secret == "" {
 		s.secret = randomHex(16)
@@ -314,7 +329,7 @@ func (s *server) tokens() error {
 	if given := s.o.get("agent-token"); given != "" {
 		s.nodePass = given // as it is: k3s does not take a K10 form apart here
 	}
-	if err := writeFile(passwd, fmt.Appendf(nil, "%s,node,node,k3s:agent\n%s,server,server,k3s:server\n", s.nodePass, s.secret), 0o600); err != nil {
+	if err := writeFile(s.passwd(), fmt.Appendf(nil, "%s,node,node,k3s:agent\n%s,server,server,k3s:server\n", s.nodePass, s.secret), 0o600); err != nil {
 		return err
 	}
 	for name, content := range map[string]string{"token": "server:" + s.secret, "agent-token": "node:" + s.nodePass} {
