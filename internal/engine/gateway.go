@@ -174,7 +174,7 @@ func (e *Engine) serveFunction(w http.ResponseWriter, r *http.Request, to route)
 		x.fail(problem(http.StatusServiceUnavailable, "function-not-ready", "this node has just started and was not told yet what to serve", true))
 		return
 	}
-	if (function == nil || e.touch.lost.Load()) && !x.forwarded {
+	if (function == nil || e.touch.lost.Load() || e.leadsNowhere(function)) && !x.forwarded {
 		var unknown *v1alpha1.Problem
 		if x.function, unknown = x.current(function); unknown != nil {
 			x.fail(unknown)

@@ -39,6 +39,9 @@ const (
 	// saidFor is how long an answer counts. It is how late a function is seen
 	// to have changed, and keeps questions to one for a function in that time.
 	saidFor = 2 * time.Second
+	// notYetFor is how long it counts that nobody serves a function yet, which
+	// is about to change.
+	notYetFor = 100 * time.Millisecond
 	// maxSaid bounds the answers that are remembered.
 	maxSaid = 4096
 	// unknownRate bounds the questions a second for names that nobody knew so
@@ -391,6 +394,9 @@ func (t *touch) about(ctx context.Context, key string, question url.Values, here
 		there.peers = addresses(answer.Peers)
 	}
 	s.there.elsewhere.Store(there)
+	if len(there.peers) == 0 {
+		s.until = now.Add(notYetFor)
+	}
 	return s, nil
 }
 
@@ -419,6 +425,18 @@ func addresses(peers []string) []string {
 	return kept
 }
 
+// leadsNowhere says whether a function is neither served nor loaded here, and
+// no peer is known that serves it. One may by now: who submitted it knows that
+// as soon as the API does, and this node's agent a moment later.
+func (e *Engine) leadsNowhere(f *function) bool {
+	if f.serving.Load() != nil || len(f.elsewhere.Load().peers) > 0 {
+		return false
+	}
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return f.wanted == nil && f.invalid == nil
+}
+
 // current gives the function to answer with where the engine's own word is not
 // enough, or nil and why there is none: f, which the engine was told of, if that
 // is what peers have, else what leads to them.
@@ -436,6 +454,8 @@ func (x *exchange) current(f *function) (*function, *v1alpha1.Problem) {
 		return nil, problem(http.StatusServiceUnavailable, "node-out-of-touch", "this node has no word of what functions there are, and neither has any node that it reaches; ask again later, and see to the agent of this node", true)
 	case !s.heard:
 		return f, nil
+	case s.there == nil && f != nil && !t.lost.Load():
+		return f, nil // the own agent heard of it first
 	case s.there == nil:
 		return nil, nil
 	case f == nil:

@@ -127,6 +127,23 @@ func TestANodeOutOfTouchAsksOthersForWhatItWasNotToldOf(t *testing.T) {
 	}
 }
 
+func TestANodeThatWasNotToldWhereAFunctionIsServedAsks(t *testing.T) {
+	t.Parallel()
+	serving, pending := startNode(t, nil), startNode(t, nil)
+	coming := control.Pending{Name: "coming", Tenant: "default"}
+	pending.state(control.State{Pending: []control.Pending{coming, {Name: "own", Tenant: "default"}}, Gateways: []string{serving.address}})
+	serving.state(control.State{Pending: []control.Pending{coming}})
+	wantProblem(t, pending.get("coming", "/"), 503, "function-not-ready")
+	wantProblem(t, pending.get("own", "/"), 503, "function-not-ready") // nobody else has heard of it
+
+	serving.put(serving.function("coming", "c", nil))
+	serving.awaitStatus("coming", func(s control.FunctionStatus) bool { return s.Serving == 1 })
+	pending.eventually("it leads to who serves the function", func() bool { return pending.get("coming", "/").StatusCode == 200 })
+	if pending.forwarded("ok") == 0 {
+		t.Error("not forwarded")
+	}
+}
+
 func TestANodeOutOfTouchDoesNotAnswerForWhatWasReplacedOrDeleted(t *testing.T) {
 	t.Parallel()
 	peer, lost := startNode(t, nil), startNode(t, nil)
