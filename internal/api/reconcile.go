@@ -365,11 +365,14 @@ func (a *api) residents() ([]deploy.Resident, error) {
 func (a *api) tellHosts(ctx context.Context, told *sync.Map, problems map[types.NamespacedName]error) {
 	for key, problem := range problems {
 		says := deploy.FunctionError(problem)
-		if before, _ := told.Load(key); before == says.Detail {
-			continue
-		}
 		f, _, err := a.store.Function(key.Namespace, key.Name)
 		if err != nil {
+			continue
+		}
+		// What the status has counts, not what was once written into it: a
+		// revision that was recorded at the same time may have replaced that.
+		if n := said(f, clusterstore.NodeIngress); n != nil && n.Error != nil && n.Error.Detail == says.Detail && n.Revision == f.Status.Revision {
+			told.Store(key, says.Detail)
 			continue
 		}
 		n := v1alpha1.FunctionNode{

@@ -14,7 +14,10 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-sh/hearth/api/v1alpha1"
 	"github.com/hearth-sh/hearth/internal/engine/worker"
@@ -60,6 +63,20 @@ const (
 // was on it.
 var peerKeepAlive = net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3}
 
+// peerUnacknowledged is how long what was sent to a peer may be without a sign
+// that it arrived. Keep-alive says nothing of that: a request on a connection
+// that was open when its node was lost would wait for the whole deadline.
+const peerUnacknowledged = 3 * time.Second
+
+// boundUnacknowledged is a [net.Dialer.Control].
+func boundUnacknowledged(_, _ string, c syscall.RawConn) error {
+	var failed error
+	err := c.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(peerUnacknowledged.Milliseconds()))
+	})
+	return errors.Join(err, failed)
+}
+
 // elsewhere is where a function is to be had beside here. It is never changed,
 // only replaced.
 type elsewhere struct {
@@ -77,7 +94,7 @@ type peers struct {
 }
 
 func newPeers(name string) *peers {
-	dialer := &net.Dialer{Timeout: peerDialLimit, KeepAliveConfig: peerKeepAlive}
+	dialer := &net.Dialer{Timeout: peerDialLimit, KeepAliveConfig: peerKeepAlive, Control: boundUnacknowledged}
 	return &peers{
 		name: name, away: make(map[string]time.Time),
 		// No proxy: peers are addresses within the cluster.

@@ -14,6 +14,7 @@ import (
 // TestAGuardedBaseDomainIsForFunctionsOnly applies the chart's policy alone:
 // the rest is installed already.
 func TestAGuardedBaseDomainIsForFunctionsOnly(t *testing.T) {
+	t.Parallel() // beside tests that make no Ingresses themselves
 	root, err := guests.Root()
 	if err != nil {
 		t.Fatal(err)

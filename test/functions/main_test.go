@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -58,6 +59,10 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	// By default as many at a time as there are processors, but these wait.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
 	shared := cluster.Shared{
 		First: true, Dump: chart.Dump,
 		Start: func(ctx context.Context) (*cluster.Cluster, error) {
@@ -92,7 +97,11 @@ func setUp(ctx context.Context) (err error) {
 	// An autoscaler looks every 15 s by default.
 	options := cluster.Options{ControllerManagerArgs: []string{"--horizontal-pod-autoscaler-sync-period=2s"}}
 	for _, name := range nodes {
-		options.Nodes = append(options.Nodes, cluster.Node{Name: name})
+		options.Nodes = append(options.Nodes, cluster.Node{Name: name, KubeletConfig: map[string]any{
+			// Tests kill the same containers again and again; the pause before
+			// the next start would grow to minutes.
+			"crashLoopBackOff": map[string]any{"maxContainerRestartPeriod": "2s"},
+		}})
 	}
 	if bench, err = cluster.New(ctx, options); err != nil {
 		return err
